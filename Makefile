@@ -1,0 +1,29 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint gpu bench
+
+demo: $(VENV)/installed
+	$(BIN)/ssmscan train --config recipes/demo.yaml
+
+test: $(VENV)/installed
+	$(BIN)/pytest -m "not gpu and not slow"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine with a CUDA device: the same cases and every shipped kernel configuration there, in the current Python.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu
+
+bench: $(VENV)/installed
+	$(BIN)/ssmscan bench linear_scan
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	touch $@

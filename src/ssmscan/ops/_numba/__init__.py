@@ -1,0 +1,1 @@
+"""What the Numba kernels share: running them on threads, and seeing tensors as flat arrays."""

@@ -1,0 +1,119 @@
+"""The registered operators behind the fused backends: schemas, shapes, and the derivative.
+
+One forward and one backward operator. Their implementations, the modules ``kernels`` (Triton) and ``cpu`` (Numba), have
+the same two functions and are imported at the first call.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ssmscan.shapes import error, state_dtype
+
+_MODULES = {"triton": "ssmscan.ops.linear_scan.kernels", "cpu": "ssmscan.ops.linear_scan.cpu"}
+
+# The number of steps between two states that the forward keeps for the backward.
+SPAN = 16
+
+_library = torch.library.Library("ssmscan", "FRAGMENT")
+_library.define(
+    "linear_scan(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor? h0, Tensor? sequence, "
+    "bool log, bool reverse, bool save, str backend) -> (Tensor y, Tensor h, Tensor states)"
+)
+_library.define(
+    "linear_scan_backward(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor? h0, Tensor? sequence, Tensor states, "
+    "Tensor dy, Tensor? dh, bool log, bool reverse, bool[] needs, str backend) "
+    "-> (Tensor dx, Tensor da, Tensor db, Tensor dc, Tensor dh0)"
+)
+
+
+def linear_scan(
+    x: Tensor,
+    decay: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    log: bool,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, decay, b, c, h0))
+    y, h, _ = torch.ops.ssmscan.linear_scan(x, decay, b, c, h0, sequence, log, reverse, save, backend)
+    return y, h
+
+
+def _implementation(backend: str) -> ModuleType:
+    return import_module(_MODULES[backend])
+
+
+def _forward(x, decay, b, c, h0, sequence, log, reverse, save, backend):
+    return _implementation(backend).forward(x, decay, b, c, h0, sequence, log, reverse, save)
+
+
+def _backward(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend):
+    return _implementation(backend).backward(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("linear_scan", _forward, _device)
+    _library.impl("linear_scan_backward", _backward, _device)
+
+
+@torch.library.register_fake("ssmscan::linear_scan", lib=_library)
+def _(x, decay, b, c, h0, sequence, log, reverse, save, backend):
+    batch, l, d = x.shape
+    dtype = state_dtype(x, decay, b, c, h0)
+    s = batch if h0 is None else h0.shape[0]
+    return (
+        x.new_empty(batch, l, d),
+        x.new_empty(s, d, dtype=dtype),
+        x.new_empty(batch if save else 0, (l + SPAN - 1) // SPAN, d, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("ssmscan::linear_scan_backward", lib=_library)
+def _(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend):
+    batch, l, d = x.shape
+    dx, da, db, dc = (
+        (x if t is None else t).new_empty(batch if need else 0, l, d)
+        for t, need in zip((x, decay, b, c), needs, strict=True)
+    )
+    return dx, da, db, dc, states.new_empty(batch if h0 is None else h0.shape[0], d)
+
+
+def _setup(ctx, inputs, output):
+    x, decay, b, c, h0, sequence, ctx.log, ctx.reverse, _, ctx.backend = inputs
+    ctx.save_for_backward(x, decay, b, c, h0, sequence, output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy, dh, _):
+    x, decay, b, c, h0, sequence, states = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    needs = list(ctx.needs_input_grad[:4])
+    *gradients, dh0 = torch.ops.ssmscan.linear_scan_backward(
+        x, decay, b, c, h0, sequence, states, dy, dh, ctx.log, ctx.reverse, needs, ctx.backend
+    )
+    dx, da, db, dc = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return dx, da, db, dc, dh0.to(h0.dtype) if ctx.needs_input_grad[4] else None, None, None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise NotImplementedError(
+        error(
+            "linear_scan", 'a second derivative needs backend="torch"', f'backend="{ctx.backend}"', "Name that backend."
+        )
+    )
+
+
+torch.library.register_autograd("ssmscan::linear_scan", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd(
+    "ssmscan::linear_scan_backward",
+    _refuse,
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "backend", inputs[-1]),
+    lib=_library,
+)

@@ -1,0 +1,41 @@
+"""What the tests and benchmarks need to know of linear_scan."""
+
+import torch
+
+from ssmscan.ops.linear_scan.op import linear_scan, linear_scan_step
+from ssmscan.testing import Benchmark, OpCase, Option
+
+ALL = Option("a, b, c", ("x", "a", "b", "c"))
+DECAY = Option("a", ("x", "a"))
+LOG = Option("log_a, b", ("x", "log_a", "b"))
+LOG_ALL = Option("log_a, b, c", ("x", "log_a", "b", "c"))
+OUT = Option("a, c", ("x", "a", "c"))
+
+
+def _inputs(size, generator):
+    shape = (size["b"], size["l"], size["d"])
+    x, b, c = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    # Memories from one step to a few hundred, and some negative decays.
+    log_a = -(10 ** (-2.5 + 3 * torch.rand(shape, generator=generator, dtype=torch.float64)))
+    sign = torch.where(torch.rand(shape, generator=generator) < 0.1, -1.0, 1.0).double()
+    return {"x": x, "a": sign * log_a.exp(), "b": b, "c": c, "log_a": log_a}
+
+
+CASE = OpCase(
+    name="linear_scan",
+    op=linear_scan,
+    inputs=_inputs,
+    options=(ALL, DECAY, LOG, LOG_ALL, OUT),
+    sizes=({"b": 2, "l": 37, "d": 5}, {"b": 1, "l": 16, "d": 33}, {"b": 3, "l": 1, "d": 1}),
+    sequence=("x", "a", "b", "c", "log_a"),
+    wide=("log_a",),
+    state=lambda size: (size["d"],),
+    step=linear_scan_step,
+    benchmarks=(
+        Benchmark("headline", {"b": 8, "l": 8192, "d": 2048}, ALL),
+        Benchmark("x and a", {"b": 8, "l": 8192, "d": 2048}, DECAY),
+        Benchmark("fp32", {"b": 8, "l": 8192, "d": 2048}, ALL, torch.float32),
+        Benchmark("long", {"b": 1, "l": 65536, "d": 2048}, ALL),
+        Benchmark("small, graph replay", {"b": 2, "l": 2048, "d": 1024}, ALL, graph=True),
+    ),
+)

@@ -1,0 +1,170 @@
+"""Numba kernels: one thread walks the sequence for one batch row and a range of channels.
+
+Each inner loop runs along the channels and writes one array, so that the compiler vectorises it. A missing gate is a
+row of ones read with stride zero. A state row belongs to a sequence, so packing needs no special case.
+"""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.shapes import state_dtype
+
+# Steps between two saved states; the backward recomputes what lies between.
+SPAN = 16
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _row(array, strides, i, t, first, end):
+    start = i * strides[0] + t * strides[1]
+    return array[start + first : start + end]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _forward(x, a, b, c, strides, owner, h, y, states, l, d, reverse, i, first, end):
+    width = end - first
+    for k in range(l):
+        t = l - 1 - k if reverse else k
+        sequence = i if owner.size == 0 else owner[t]
+        hr = h[sequence, first:end]
+        if states.size > 0 and k % SPAN == 0:
+            states[i, k // SPAN, first:end] = hr
+        xr = _row(x, strides[0], i, t, first, end)
+        ar = _row(a, strides[1], i, t, first, end)
+        br = _row(b, strides[2], i, t, first, end)
+        cr = _row(c, strides[3], i, t, first, end)
+        yr = y[i, t, first:end]
+        for j in range(width):
+            hr[j] = ar[j] * hr[j] + br[j] * xr[j]
+        for j in range(width):
+            yr[j] = cr[j] * hr[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _backward(x, a, b, c, dy, strides, owner, h0, states, g, dx, da, db, dc, l, d, reverse, i, first, end):
+    width = end - first
+    before = np.empty((SPAN + 1, width), g.dtype)
+    for span in range((l + SPAN - 1) // SPAN - 1, -1, -1):
+        start, stop = span * SPAN, min((span + 1) * SPAN, l)
+        before[0] = states[i, span, first:end]
+        for k in range(start, stop):
+            t = l - 1 - k if reverse else k
+            if owner.size > 0 and k > start and owner[t] != owner[t + 1 if reverse else t - 1]:
+                before[k - start] = h0[owner[t], first:end]
+            hr, after = before[k - start], before[k - start + 1]
+            xr = _row(x, strides[0], i, t, first, end)
+            ar = _row(a, strides[1], i, t, first, end)
+            br = _row(b, strides[2], i, t, first, end)
+            for j in range(width):
+                after[j] = ar[j] * hr[j] + br[j] * xr[j]
+            if dc.size > 0:
+                dyr, dcr = _row(dy, strides[4], i, t, first, end), dc[i, t, first:end]
+                for j in range(width):
+                    dcr[j] = dyr[j] * after[j]
+        for k in range(stop - 1, start - 1, -1):
+            t = l - 1 - k if reverse else k
+            sequence = i if owner.size == 0 else owner[t]
+            gr, hr = g[sequence, first:end], before[k - start]
+            xr = _row(x, strides[0], i, t, first, end)
+            ar = _row(a, strides[1], i, t, first, end)
+            br = _row(b, strides[2], i, t, first, end)
+            cr = _row(c, strides[3], i, t, first, end)
+            dyr = _row(dy, strides[4], i, t, first, end)
+            for j in range(width):
+                gr[j] += cr[j] * dyr[j]
+            if dx.size > 0:
+                dxr = dx[i, t, first:end]
+                for j in range(width):
+                    dxr[j] = gr[j] * br[j]
+            if db.size > 0:
+                dbr = db[i, t, first:end]
+                for j in range(width):
+                    dbr[j] = gr[j] * xr[j]
+            if da.size > 0:
+                dar = da[i, t, first:end]
+                for j in range(width):
+                    dar[j] = gr[j] * hr[j]
+            for j in range(width):
+                gr[j] *= ar[j]
+
+
+def forward(
+    x: Tensor,
+    decay: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    log: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, l, d = x.shape
+    dtype = state_dtype(x, decay, b, c, h0)
+    h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
+    y = torch.empty(batch, l, d, dtype=dtype)
+    states = torch.empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
+    inputs, strides = rows((x, decay.exp() if log else decay, b, c), x.shape, dtype)
+    run(
+        _forward,
+        split(batch, d),
+        *inputs,
+        strides,
+        _owner(sequence),
+        h.numpy(),
+        y.numpy(),
+        states.numpy(),
+        l,
+        d,
+        reverse,
+    )
+    return y.to(x.dtype), h, states
+
+
+def backward(
+    x: Tensor,
+    decay: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    states: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    log: bool,
+    reverse: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, l, d = x.shape
+    dtype = states.dtype
+    a = decay.exp() if log else decay
+    inputs, strides = rows((x, a, b, c, dy), x.shape, dtype)
+    shape = (batch if h0 is None else h0.shape[0], d)
+    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
+    start = torch.empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
+    gradients = [torch.empty(batch if need else 0, l, d, dtype=dtype) for need in needs]
+    run(
+        _backward,
+        split(batch, d),
+        *inputs,
+        strides,
+        _owner(sequence),
+        start.numpy(),
+        states.numpy(),
+        g.numpy(),
+        *(v.numpy() for v in gradients),
+        l,
+        d,
+        reverse,
+    )
+    if log and needs[1]:
+        gradients[1] *= a
+    dx, da, db, dc = (v.to(t.dtype) if t is not None else v for v, t in zip(gradients, (x, decay, b, c), strict=True))
+    return dx, da, db, dc, g
+
+
+def _owner(sequence: Tensor | None) -> np.ndarray:
+    """The sequence number of each token; empty without packing."""
+    return np.empty(0, np.int32) if sequence is None else sequence.numpy()
