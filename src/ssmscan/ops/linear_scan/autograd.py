@@ -1,18 +1,25 @@
 """The registered operators behind the fused backends: schemas, shapes, and the derivative.
 
-One forward and one backward operator. Their implementations, the modules ``kernels`` (Triton) and ``cpu`` (Numba), have
-the same two functions and are imported at the first call.
+One forward and one backward operator. Each backend's functions ``forward`` and ``backward`` are imported at their
+first call, so that nothing here needs Triton or Numba.
 """
 
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssmscan.shapes import error, state_dtype
 
-_MODULES = {"triton": "ssmscan.ops.linear_scan.kernels", "cpu": "ssmscan.ops.linear_scan.cpu"}
+_MODULES = {
+    ("triton", "forward"): "kernel_fwd",
+    ("triton", "backward"): "kernel_bwd",
+    ("cpu", "forward"): "cpu",
+    ("cpu", "backward"): "cpu",
+}
 
 # The number of steps between two states that the forward keeps for the backward.
 SPAN = 16
@@ -45,16 +52,17 @@ def linear_scan(
     return y, h
 
 
-def _implementation(backend: str) -> ModuleType:
-    return import_module(_MODULES[backend])
+@cache
+def _function(backend: str, name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"{__package__}.{_MODULES[backend, name]}"), name)
 
 
 def _forward(x, decay, b, c, h0, sequence, log, reverse, save, backend):
-    return _implementation(backend).forward(x, decay, b, c, h0, sequence, log, reverse, save)
+    return _function(backend, "forward")(x, decay, b, c, h0, sequence, log, reverse, save)
 
 
 def _backward(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend):
-    return _implementation(backend).backward(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs)
+    return _function(backend, "backward")(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs)
 
 
 for _device in ("CPU", "CUDA"):
@@ -81,7 +89,7 @@ def _(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend
         (x if t is None else t).new_empty(batch if need else 0, l, d)
         for t, need in zip((x, decay, b, c), needs, strict=True)
     )
-    return dx, da, db, dc, states.new_empty(batch if h0 is None else h0.shape[0], d)
+    return dx, da, db, dc, states.new_empty(0 if h0 is None else h0.shape[0], d)
 
 
 def _setup(ctx, inputs, output):

@@ -21,6 +21,26 @@ def _inputs(size, generator):
     return {"x": x, "a": sign * log_a.exp(), "b": b, "c": c, "log_a": log_a}
 
 
+def _decay(a):
+    """Inputs whose decay has one value everywhere."""
+
+    def inputs(size, generator):
+        constant = torch.full((size["b"], size["l"], size["d"]), a, dtype=torch.float64)
+        return {"a": constant, "log_a": constant.abs().log()}
+
+    return inputs
+
+
+def _near_one(size, generator):
+    log_a = -1e-4 * torch.rand(size["b"], size["l"], size["d"], generator=generator, dtype=torch.float64)
+    return {"a": log_a.exp(), "log_a": log_a}
+
+
+def _some_zero(size, generator):
+    kept = torch.rand(size["b"], size["l"], size["d"], generator=generator, dtype=torch.float64) < 0.8
+    return {"a": kept * 0.9, "log_a": (kept * 0.9).log()}
+
+
 CASE = OpCase(
     name="linear_scan",
     op=linear_scan,
@@ -28,9 +48,19 @@ CASE = OpCase(
     options=(ALL, DECAY, LOG, LOG_ALL, OUT),
     sizes=({"b": 2, "l": 37, "d": 5}, {"b": 1, "l": 16, "d": 33}, {"b": 3, "l": 1, "d": 1}),
     sequence=("x", "a", "b", "c", "log_a"),
+    channelwise=("x", "a", "b", "c", "log_a"),
     wide=("log_a",),
     state=lambda size: (size["d"],),
     step=linear_scan_step,
+    # The logarithm of a decay of zero is -inf.
+    extremes={
+        "a = 0": _decay(0.0),
+        "a = 0 at times": _some_zero,
+        "a = 1": _decay(1.0),
+        "a < 0": _decay(-0.7),
+        "a near 1": _near_one,
+        "a > 1": _decay(1.3),
+    },
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 8192, "d": 2048}, ALL),
         Benchmark("x and a", {"b": 8, "l": 8192, "d": 2048}, DECAY),

@@ -162,7 +162,7 @@ def backward(
     if log and needs[1]:
         gradients[1] *= a
     dx, da, db, dc = (v.to(t.dtype) if t is not None else v for v, t in zip(gradients, (x, decay, b, c), strict=True))
-    return dx, da, db, dc, g
+    return dx, da, db, dc, g if h0 is not None else g[:0]
 
 
 def _owner(sequence: Tensor | None) -> np.ndarray:

@@ -1,0 +1,106 @@
+"""What a benchmark run records, and where it comes from."""
+
+import json
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+HEADLINE = "headline"
+SWEEP = "length sweep"
+DIRECTIONS = ("fwd", "fwdbwd")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured call. ``floor_ms`` is the least time that the machine's copy limit, or the arithmetic, allows."""
+
+    op: str
+    shape: Mapping[str, int]
+    dtype: str
+    direction: str
+    backend: str
+    variant: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    floor_ms: float
+    ratio_to_floor: float
+    peak_mib: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One operation on one machine: the file ``<gpu>/<op>.json``."""
+
+    gpu: str
+    commit: str
+    torch: str
+    triton: str | None
+    date: str
+    copy_gbps: float
+    host_us: float | None
+    rows: tuple[Row, ...]
+
+    @property
+    def op(self) -> str:
+        return self.rows[0].op
+
+    def write(self, folder: Path) -> Path:
+        path = folder / self.gpu / f"{self.op}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**record, "rows": tuple(Row(**row) for row in record["rows"])})
+
+
+def read_all(folder: Path) -> list[Result]:
+    """Every result under ``folder``, ordered by machine and operation."""
+    return [Result.read(path) for path in sorted(folder.glob("*/*.json"))]
+
+
+def machine(device: str) -> str:
+    """The machine's name in a path: "h200" of an NVIDIA H200, "h100" of an NVIDIA H100 80GB HBM3, or "cpu"."""
+    return _short(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
+
+
+def _short(name: str) -> str:
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return "-".join(word for word in words if not re.fullmatch(r"nvidia|geforce|\d+gb|hbm\w*|", word))
+
+
+def versions() -> tuple[str, str | None]:
+    """Of PyTorch and, where it is installed, Triton."""
+    try:
+        return torch.__version__, version("triton")
+    except PackageNotFoundError:
+        return torch.__version__, None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """The commit of the package's sources, "-dirty" when they differ from it; "unknown" of an installed package."""
+    try:
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    package = Path(__file__).parents[1]
+    return subprocess.run(
+        ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()

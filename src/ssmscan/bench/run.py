@@ -1,0 +1,212 @@
+"""The runner: checks, times and records the benchmarks of operations."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssmscan import backend as available
+from ssmscan.bench import gate, measure
+from ssmscan.bench.report import show
+from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row, commit, machine, now, versions
+from ssmscan.shapes import error
+from ssmscan.testing import Benchmark, Call, OpCase
+
+# Inputs repeat after this many tokens, since drawing takes longer than timing. A prime: whatever is read from the wrong
+# tile, segment or batch row has other values there, and the check at full size sees it.
+TOKENS = 8191
+# Lengths of the sweep, at the headline's number of tokens.
+LENGTHS = tuple(2**k for k in range(10, 17))
+# A CPU is given one batch row of at most this many steps.
+CPU_LENGTH = 4096
+# The most elements of x at which further backends are timed, as baselines.
+BASELINE = 2**23
+
+
+def run_cases(
+    cases: Sequence[OpCase], out: Path, device: str, backends: Sequence[str] = (), source: str | None = None
+) -> bool:
+    """Check and time the benchmarks of ``cases``, print their tables, and write ``out/<gpu>/<op>.json`` for each.
+
+    Args:
+        cases: the operations.
+        out: the folder of results.
+        device: "cuda" or "cpu".
+        backends: as for :func:`backends_of`.
+        source: the commit to record; None asks git.
+
+    Returns:
+        Whether all went well. Nothing is written of an operation with a row that is wrong or does not fit in memory.
+
+    Raises:
+        ValueError, RuntimeError: a named backend is unknown or cannot run.
+    """
+    chosen = [backends_of(case, device, backends) for case in cases]
+    source = commit() if source is None else source
+    copy = _rounded(measure.copy_gbps(device))
+    well = True
+    for case, names in zip(cases, chosen, strict=True):
+        rows, failures = _measure(case, device, names, copy)
+        if rows:
+            host = _rounded(_host_us(case, names[0])) if device == "cuda" else None
+            result = Result(machine(device), source, *versions(), now(), copy, host, tuple(rows))
+            show(result)
+            if not failures:
+                print(result.write(out))
+        for failure in failures:
+            print(failure, file=sys.stderr)
+        well = well and not failures
+    return well
+
+
+def backends_of(case: OpCase, device: str, wanted: Sequence[str] = ()) -> list[str]:
+    """The backends to time: the first at every size, the others at small ones, as baselines.
+
+    Without ``wanted``, the operation's best on ``device``. ValueError or RuntimeError when one of them cannot run.
+    """
+    if not wanted:
+        return [
+            b for b in available.BACKENDS if b in case.backends and not available.why_not(b, device, torch.float32)
+        ][:1]
+    names = [available.choose(case.name, name, device, torch.float32) for name in wanted]
+    for name in names:
+        if name not in (*case.backends, "reference"):
+            raise RuntimeError(error(case.name, f"backend must be one of {', '.join(case.backends)}", repr(name)))
+    return names
+
+
+def benchmarks_of(case: OpCase, device: str) -> list[Benchmark]:
+    """The case's rows and, at the tokens of the first, a sweep of lengths; each once, at sizes for ``device``."""
+    rows = list(case.benchmarks)
+    if device == "cpu":
+        rows = [replace(r, size={**r.size, "b": 1, "l": min(r.size["l"], CPU_LENGTH)}) for r in rows if not r.graph]
+    headline = rows[0] = replace(rows[0], variant=HEADLINE)
+    tokens = headline.size["b"] * headline.size["l"]
+    rows += [
+        replace(headline, variant=SWEEP, size={**headline.size, "b": tokens // length, "l": length}, graph=False)
+        for length in LENGTHS
+        if length <= tokens
+    ]
+    unique: dict[object, Benchmark] = {}
+    for row in rows:
+        unique.setdefault((*row.size.items(), row.option, row.dtype, row.graph), row)
+    return list(unique.values())
+
+
+def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) -> tuple[list[Row], list[str]]:
+    rows: list[Row] = []
+    failures = []
+    checked: set[object] = set()
+    for benchmark in benchmarks_of(case, device):
+        for backend in backends if _elements(case, benchmark) <= BASELINE else backends[:1]:
+            label = f"bench: {case.name}, {benchmark.variant}, {benchmark.size}, {backend}"
+            check = (*gate.small(benchmark.size).items(), benchmark.option, benchmark.dtype, backend)
+            try:
+                if check not in checked:
+                    gate.check_small(case, benchmark, backend, device)
+                    checked.add(check)
+                new = _time(case, benchmark, backend, device, copy)
+            except AssertionError as wrong:
+                failures.append(f"{label}: wrong results: {wrong}")
+                continue
+            except torch.OutOfMemoryError:
+                failures.append(f"{label}: out of memory")
+                continue
+            rows += new
+            print(label, *(f"{row.direction} {row.median_ms:.4g} ms" for row in new), file=sys.stderr)
+    return rows, failures
+
+
+def _time(case: OpCase, benchmark: Benchmark, backend: str, device: str, copy: float) -> list[Row]:
+    call = draw(case, benchmark, device)
+    with torch.no_grad():
+        y = call.run(backend)["y"]
+    dy = torch.randn(y.shape, dtype=y.dtype, device=device, generator=torch.Generator(device).manual_seed(2))
+    gate.check_full(benchmark, backend, call, dy)
+
+    given = sum(tensor.nbytes for tensor in call.tensors.values())
+    # Forward: every argument is read and y is written. Backward: every argument and dy are read, gradients written.
+    nbytes = {"fwd": given + y.nbytes, "fwdbwd": 3 * given + 2 * y.nbytes}
+    del y
+    sets = measure.input_sets(given + dy.nbytes, device)
+    calls = [
+        call.replace(**{name: tensor.clone().requires_grad_() for name, tensor in call.tensors.items()})
+        for _ in range(sets)
+    ]
+    dys = [dy.clone() for _ in range(sets)]
+
+    def forward(i: int) -> Tensor:
+        with torch.no_grad():
+            return calls[i].run(backend)["y"]
+
+    def forward_backward(i: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(calls[i].run(backend)["y"], list(calls[i].tensors.values()), dys[i])
+
+    rows = []
+    for direction, function in zip(DIRECTIONS, (forward, forward_backward), strict=True):
+        if benchmark.graph:
+            timing = measure.time_graph(function, sets)
+        else:
+            timing = measure.time_calls(function, sets, device)
+        floor = max(nbytes[direction] / copy / 1e6, _arithmetic_ms(case, benchmark, direction, device))
+        peak = measure.peak_mib(function, device)
+        rows.append(
+            Row(
+                op=case.name,
+                shape=dict(benchmark.size),
+                dtype=str(benchmark.dtype).removeprefix("torch."),
+                direction=direction,
+                backend=backend,
+                variant=benchmark.variant,
+                median_ms=_rounded(timing.median_ms),
+                p20_ms=_rounded(timing.p20_ms),
+                p80_ms=_rounded(timing.p80_ms),
+                floor_ms=_rounded(floor),
+                ratio_to_floor=_rounded(timing.median_ms / floor),
+                peak_mib=None if peak is None else _rounded(peak),
+            )
+        )
+    return rows
+
+
+def draw(case: OpCase, benchmark: Benchmark, device: str) -> Call:
+    """The benchmark's call, its tokens repeated from a short stream of them."""
+    b, length = benchmark.size["b"], benchmark.size["l"]
+    drawn = min(b * length, TOKENS)
+    call = case.call(benchmark.option, {**benchmark.size, "b": 1, "l": drawn}).cast(benchmark.dtype, device)
+
+    def fill(tensor: Tensor) -> Tensor:
+        repeats = -(-b * length // drawn)
+        stream = tensor.repeat(1, repeats, *(1 for _ in tensor.shape[2:]))[:, : b * length]
+        return stream.reshape(b, length, *tensor.shape[2:])
+
+    return call.each(fill)
+
+
+def _elements(case: OpCase, benchmark: Benchmark) -> int:
+    token = case.draw({**benchmark.size, "b": 1, "l": 1}, benchmark.option)
+    return benchmark.size["b"] * benchmark.size["l"] * token["x"].numel()
+
+
+def _arithmetic_ms(case: OpCase, benchmark: Benchmark, direction: str, device: str) -> float:
+    # A case may know a floor above that of its bytes: floor_ms(size, direction), for the GPUs it is tuned for.
+    floor = getattr(case, "floor_ms", None)
+    return 0.0 if floor is None or device == "cpu" else floor(benchmark.size, direction)
+
+
+def _host_us(case: OpCase, backend: str) -> float:
+    benchmark = case.benchmarks[0]
+    size = {**gate.small(benchmark.size), "b": 1, "l": 16}
+    call = case.call(benchmark.option, size).cast(benchmark.dtype, "cuda")
+    function = partial(case.op, **call.tensors, **call.keywords, backend=backend)
+    with torch.no_grad():
+        return measure.host_us(function, call.tensors["x"])
+
+
+def _rounded(value: float) -> float:
+    """Four digits: more than a timing is good for."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,144 @@
+"""The tile-walk: one program walks the sequence for a batch row and BD channels, its state in registers.
+
+It loads tiles of 16 steps by BD channels in a pipelined loop and takes them apart into rows, one register per channel
+and thread: with BD = 32·warps no step needs a shuffle or a barrier. Positions are counted in scan order; a reversed
+scan only starts at the other end and takes negative steps.
+
+With too few walkers to fill the device the sequence is cut into segments. A first launch summarises each segment as
+h -> P·h + S, and each walker composes the summaries of the segments before its own, always in the same order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Steps in a tile, and between two states that a forward keeps for its backward.
+ROWS = 16
+# Programs wanted on the device: two for each multiprocessor of a Hopper GPU.
+PROGRAMS = 264
+# A shorter segment is not worth its summary.
+SHORTEST_SEGMENT = 128
+
+
+def segment_length(walkers: int, l: int) -> int:
+    """Steps of a segment, a multiple of a tile, such that ``walkers`` of them at a time fill the device."""
+    segments = max(min(PROGRAMS // max(walkers, 1), l // SHORTEST_SEGMENT), 1)
+    return max(triton.cdiv(triton.cdiv(l, segments), ROWS), 1) * ROWS
+
+
+def channels_last(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with adjacent channels, copied where they are not: a tile is loaded in vectors along them."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@triton.jit
+def _halves(tile, BD: tl.constexpr, N: tl.constexpr):
+    """The first and last N/2 columns of a [BD, N] tile."""
+    return tl.split(tl.permute(tl.reshape(tile, [BD, 2, N // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _columns8(tile, BD: tl.constexpr):
+    left, right = _halves(tile, BD, 8)
+    a, b = _halves(left, BD, 4)
+    c, d = _halves(right, BD, 4)
+    a0, a1 = tl.split(a)
+    b0, b1 = tl.split(b)
+    c0, c1 = tl.split(c)
+    d0, d1 = tl.split(d)
+    return (a0, a1, b0, b1, c0, c1, d0, d1)
+
+
+@triton.jit
+def rows(tile, BD: tl.constexpr):
+    """The 16 rows of a [16, BD] tile, in order."""
+    left, right = _halves(tl.trans(tile), BD, 16)
+    return _columns8(left, BD) + _columns8(right, BD)
+
+
+@triton.jit
+def load_tile(
+    pointer, offset, exists, channels, D, OTHER: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
+):
+    """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16])."""
+    pointers = pointer + (offset[:, None] + channels[None, :])
+    if not WHOLE:
+        tile = tl.load(pointers, mask=exists[:, None] & (channels < D)[None, :], other=OTHER)
+    elif EVEN:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(channels < D)[None, :], other=OTHER)
+    return rows(tile, BD)
+
+
+@triton.jit
+def _glue(left, right, BD: tl.constexpr, N: tl.constexpr):
+    """The [BD, N] tile whose first and last N/2 columns are given."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [BD, N])
+
+
+@triton.jit
+def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
+    left = _glue(tl.join(r[FIRST], r[FIRST + 1]), tl.join(r[FIRST + 2], r[FIRST + 3]), BD, 4)
+    right = _glue(tl.join(r[FIRST + 4], r[FIRST + 5]), tl.join(r[FIRST + 6], r[FIRST + 7]), BD, 4)
+    return _glue(left, right, BD, 8)
+
+
+@triton.jit
+def store_tile(
+    pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
+    pointers = pointer + (offset[:, None] + channels[None, :])
+    tile = tl.trans(_glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
+    if not WHOLE:
+        tl.store(pointers, tile, mask=exists[:, None] & (channels < D)[None, :])
+    elif EVEN:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=(channels < D)[None, :])
+
+
+@triton.jit
+def changes(sequence, t, step, i, L, AFTER: tl.constexpr):
+    """Whether the packed sequence changes between positions t+i and its neighbour before (AFTER: after) in scan order.
+
+    ``i`` is one position or a vector of them. Nothing lies beyond the ends, so there it changes.
+    """
+    here = tl.load(sequence + tl.minimum(t + i, L - 1) * step)
+    beyond = t + i + 1 if AFTER else t + i - 1
+    return here != tl.load(sequence + beyond * step, mask=(beyond >= 0) & (beyond < L), other=-1)
+
+
+@triton.jit
+def enter_segment(
+    h, product, total, sequence, segment, segments, direction, length, L, channels, D,
+    BD: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Compose the summaries of the segments walked before ``segment``; product and total name this batch row's first.
+
+    A segment in which a packed sequence starts (walked backward: ends) forgets what enters it, whatever its product:
+    0·NaN is not 0.
+    """
+    row = tl.arange(0, 16)
+    for j in range(0, segment, 16):
+        exists = j + row < segment
+        offset = (j + row).to(tl.int64) * D
+        products = load_tile(product, offset, exists, channels, D, 1.0, BD, False, False)
+        totals = load_tile(total, offset, exists, channels, D, 0.0, BD, False, False)
+        for i in tl.static_range(16):
+            if sequence is None:
+                h = products[i] * h + totals[i]
+            else:
+                inside = j + i < segment
+                if BACKWARD:
+                    leaves = tl.cast(segments - 1 - j - i, tl.int64) * length
+                    enters = leaves + length
+                else:
+                    enters = tl.cast(j + i, tl.int64) * length - 1
+                    leaves = enters + length
+                before = tl.load(sequence + direction * enters, mask=inside & (enters >= 0) & (enters < L), other=-1)
+                after = tl.load(sequence + direction * leaves, mask=inside, other=-1)
+                kept = tl.where(before == after, products[i] * h, 0.0)
+                h = tl.where(inside, kept + totals[i], h)
+    return h

@@ -1,0 +1,225 @@
+"""The backward tile-walk of linear_scan, and its launcher: every gradient in one pass against the scan order.
+
+With g_t the gradient of h_t from all later steps, dh the returned state's and dy the output's:
+
+    g_t = c_t·dy_t + a_{t+1}·g_{t+1},    dx = g·b,    db = g·x,    dc = dy·h,    da_t = g_t·h_{t-1}
+
+The states of 16 steps are recomputed in registers from the one that the forward saved before them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.walk import changes, channels_last, enter_segment, load_tile, segment_length, store_tile
+from ssmscan.ops.linear_scan.configs import BACKWARD
+
+
+@triton.jit
+def _tile(
+    x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, g, product,
+    x_step, a_step, b_step, c_step, dy_step, direction, t, L, channels, D,
+    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Walk back over the 16 steps from position t, all of which exist if WHOLE. A SUMMARY tracks only g and a's product."""
+    t = tl.cast(t, tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
+    exists = t + row < L
+    decays = load_tile(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
+    dys = load_tile(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    if c is not None:
+        cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    if sequence is not None:
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * D
+        starts = exists & changes(sequence, t, direction, row, L, False)
+        ends = exists & changes(sequence, t, direction, row, L, True)
+        if dh is not None:
+            final = load_tile(dh, owner, ends, channels, D, 0.0, BD, EVEN, False)
+    if not SUMMARY:
+        xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        if b is not None:
+            bs = load_tile(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        if sequence is not None:
+            entering = load_tile(h0, owner, starts, channels, D, 0.0, BD, EVEN, False)
+        # The states before and after each step.
+        h = tl.load(states + t // 16 * D + channels, mask=channels < D, other=0.0)
+        befores = ()
+        afters = ()
+        for i in tl.static_range(16):
+            if sequence is not None:
+                h = tl.where(changes(sequence, t, direction, i, L, False), entering[i].to(tl.float32), h)
+            befores = befores + (h,)
+            decay = decays[i].to(tl.float32)
+            if LOG:
+                decay = tl.exp(decay)
+            u = xs[i].to(tl.float32)
+            if b is not None:
+                u *= bs[i].to(tl.float32)
+            h = decay * h + u
+            afters = afters + (h,)
+    # The walk goes backward, so the rows are gathered from the front.
+    dxs = ()
+    das = ()
+    dbs = ()
+    dcs = ()
+    gs = ()
+    for i in tl.static_range(15, -1, -1):
+        if sequence is not None:
+            last = changes(sequence, t, direction, i, L, True)
+            if dh is None:
+                g = tl.where(last, 0.0, g)
+            else:
+                g = tl.where(last, final[i].to(tl.float32), g)
+            product = tl.where(last, 0.0, product)
+        decay = decays[i].to(tl.float32)
+        if LOG:
+            decay = tl.exp(decay)
+        v = dys[i].to(tl.float32)
+        if dc is not None:
+            dcs = (v * afters[i],) + dcs
+        if c is not None:
+            v *= cs[i].to(tl.float32)
+        g += v
+        if dx is not None:
+            dxs = (g * bs[i].to(tl.float32) if b is not None else g,) + dxs
+        if db is not None:
+            dbs = (g * xs[i].to(tl.float32),) + dbs
+        if da is not None:
+            das = ((g * decay if LOG else g) * befores[i],) + das
+        g *= decay
+        gs = (g,) + gs
+        product *= decay
+    step = direction * D
+    if dx is not None:
+        store_tile(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
+    if da is not None:
+        store_tile(da + t * step, row * step, exists, das, channels, D, BD, EVEN, WHOLE)
+    if db is not None:
+        store_tile(db + t * step, row * step, exists, dbs, channels, D, BD, EVEN, WHOLE)
+    if dc is not None:
+        store_tile(dc + t * step, row * step, exists, dcs, channels, D, BD, EVEN, WHOLE)
+    if dh0 is not None and sequence is not None:
+        store_tile(dh0, owner, starts, gs, channels, D, BD, EVEN, False)
+    return g, product
+
+
+@triton.jit(do_not_specialize=["L", "length", "segments"])
+def linear_scan_backward(
+    x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, products, totals,
+    L, D, length, segments,
+    x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time, dy_batch, dy_time,
+    LOG: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
+    BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
+    channels = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside = channels < D
+    segment = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    begin = (segments - 1 - segment) * length
+    end = min(begin + length, L)
+    whole = begin + (end - begin) // 16 * 16
+    summary_row = batch * segments * D
+
+    origin = tl.cast(L - 1 if REVERSE else 0, tl.int64)
+    direction = -1 if REVERSE else 1
+    x += batch * x_batch + origin * x_time
+    a += batch * a_batch + origin * a_time
+    dy += batch * dy_batch + origin * dy_time
+    out = (batch * L + origin) * D
+    if b is not None:
+        b += batch * b_batch + origin * b_time
+    if c is not None:
+        c += batch * c_batch + origin * c_time
+    if sequence is not None:
+        sequence += origin
+    if dx is not None:
+        dx += out
+    if da is not None:
+        da += out
+    if db is not None:
+        db += out
+    if dc is not None:
+        dc += out
+
+    if states is not None:
+        states += batch * tl.cdiv(L, 16) * D
+
+    g = tl.zeros((BD,), tl.float32)
+    product = tl.full((BD,), 1.0, tl.float32)
+    if not SUMMARY:
+        if dh is not None and sequence is None:
+            g = tl.load(dh + batch * D + channels, mask=inside, other=0.0).to(tl.float32)
+        if products is not None:
+            g = enter_segment(
+                g, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
+                channels, D, BD, True,
+            )  # fmt: skip
+    if whole < end:
+        g, product = _tile(
+            x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, g, product,
+            direction * x_time, direction * a_time, direction * b_time, direction * c_time, direction * dy_time,
+            direction, whole, L, channels, D, LOG, SUMMARY, BD, EVEN, False,
+        )  # fmt: skip
+    for done in tl.range(0, whole - begin, 16, num_stages=STAGES):
+        g, product = _tile(
+            x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, g, product,
+            direction * x_time, direction * a_time, direction * b_time, direction * c_time, direction * dy_time,
+            direction, whole - 16 - done, L, channels, D, LOG, SUMMARY, BD, EVEN, True,
+        )  # fmt: skip
+
+    if SUMMARY:
+        row = summary_row + segment.to(tl.int64) * D + channels
+        tl.store(products + row, product, mask=inside)
+        tl.store(totals + row, g, mask=inside)
+    elif dh0 is not None and sequence is None:
+        tl.store(dh0 + batch * D + channels, g, mask=inside & (begin == 0))
+
+
+def backward(
+    x: Tensor,
+    decay: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    states: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    log: bool,
+    reverse: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, l, d = x.shape
+    gradients = [
+        torch.empty((batch if need else 0, l, d), dtype=(x if t is None else t).dtype, device=x.device)
+        for t, need in zip((x, decay, b, c), needs, strict=True)
+    ]
+    dh0 = torch.empty((0 if h0 is None else h0.shape[0], d), dtype=torch.float32, device=x.device)
+    if sequence is not None:
+        # The state of an empty sequence passes through; the kernel writes the others.
+        dh0.copy_(dh) if dh is not None else dh0.zero_()
+    if batch * d == 0:
+        return *gradients, dh0
+    x, decay, b, c, dy = (channels_last(t) for t in (x, decay, b, c, dy))
+    h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
+    strides = [s for t in (x, decay, b, c, dy) for s in ((0, 0) if t is None else t.stride()[:2])]
+    config = BACKWARD[x.dtype]
+    blocks = triton.cdiv(d, config.BD)
+    length = segment_length(batch * blocks, l)
+    segments = max(triton.cdiv(l, length), 1)
+    products = totals = None
+    flags = {"LOG": log, "REVERSE": reverse, "BD": config.BD, "EVEN": d % config.BD == 0, "STAGES": config.stages}
+    if segments > 1:
+        products, totals = torch.empty((2, batch, segments, d), dtype=torch.float32, device=x.device)
+        linear_scan_backward[(blocks, segments - 1, batch)](
+            x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals,
+            l, d, length, segments, *strides, SUMMARY=True, num_warps=config.warps, **flags,
+        )  # fmt: skip
+    linear_scan_backward[(blocks, segments, batch)](
+        x, decay, b, c, dy, h0, sequence, states, *(v if need else None for v, need in zip(gradients, needs, strict=True)),
+        dh, dh0 if h0 is not None else None, products, totals,
+        l, d, length, segments, *strides, SUMMARY=False, num_warps=config.warps, **flags,
+    )  # fmt: skip
+    return *gradients, dh0

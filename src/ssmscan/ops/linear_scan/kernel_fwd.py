@@ -1,0 +1,169 @@
+"""The forward tile-walk of linear_scan, and its launcher."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.walk import ROWS, changes, channels_last, enter_segment, load_tile, segment_length, store_tile
+from ssmscan.ops.linear_scan.configs import FORWARD
+
+
+@triton.jit
+def _tile(
+    x, a, b, c, h0, sequence, y, hn, states, h, product,
+    x_step, a_step, b_step, c_step, direction, t, L, channels, D,
+    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Walk the 16 steps from position t, all of which exist if WHOLE. A SUMMARY writes nothing, but tracks a's product."""
+    t = tl.cast(t, tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
+    exists = t + row < L
+    if states is not None:
+        tl.store(states + t // 16 * D + channels, h, mask=channels < D)
+    xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    decays = load_tile(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
+    if b is not None:
+        bs = load_tile(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    if c is not None:
+        cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    if sequence is not None:
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * D
+        starts = exists & changes(sequence, t, direction, row, L, False)
+        entering = load_tile(h0, owner, starts, channels, D, 0.0, BD, EVEN, False)
+    hs = ()
+    ys = ()
+    for i in tl.static_range(16):
+        if sequence is not None:
+            first = changes(sequence, t, direction, i, L, False)
+            h = tl.where(first, entering[i].to(tl.float32), h)
+            product = tl.where(first, 0.0, product)
+        decay = decays[i].to(tl.float32)
+        if LOG:
+            decay = tl.exp(decay)
+        u = xs[i].to(tl.float32)
+        if b is not None:
+            u *= bs[i].to(tl.float32)
+        h = decay * h + u
+        product *= decay
+        out = h
+        if c is not None:
+            out *= cs[i].to(tl.float32)
+        hs = hs + (h,)
+        ys = ys + (out,)
+    if not SUMMARY:
+        step = direction * D
+        store_tile(y + t * step, row * step, exists, ys, channels, D, BD, EVEN, WHOLE)
+        if sequence is not None:
+            ends = exists & changes(sequence, t, direction, row, L, True)
+            store_tile(hn, owner, ends, hs, channels, D, BD, EVEN, False)
+    return h, product
+
+
+@triton.jit(do_not_specialize=["L", "length", "segments"])
+def linear_scan_forward(
+    x, a, b, c, h0, sequence, y, hn, states, products, totals,
+    L, D, length, segments,
+    x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time,
+    LOG: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
+    BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: the product of a and the state from 0."""
+    channels = tl.program_id(0) * BD + tl.arange(0, BD)
+    inside = channels < D
+    segment = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    begin = segment * length
+    end = min(begin + length, L)
+    whole = begin + (end - begin) // 16 * 16
+    summary_row = batch * segments * D
+
+    # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
+    origin = tl.cast(L - 1 if REVERSE else 0, tl.int64)
+    direction = -1 if REVERSE else 1
+    x += batch * x_batch + origin * x_time
+    a += batch * a_batch + origin * a_time
+    if b is not None:
+        b += batch * b_batch + origin * b_time
+    if c is not None:
+        c += batch * c_batch + origin * c_time
+    if sequence is not None:
+        sequence += origin
+    if not SUMMARY:
+        y += (batch * L + origin) * D
+    if states is not None:
+        states += batch * tl.cdiv(L, 16) * D
+
+    h = tl.zeros((BD,), tl.float32)
+    product = tl.full((BD,), 1.0, tl.float32)
+    if not SUMMARY:
+        if h0 is not None and sequence is None:
+            h = tl.load(h0 + batch * D + channels, mask=inside, other=0.0).to(tl.float32)
+        if products is not None:
+            h = enter_segment(
+                h, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
+                channels, D, BD, False,
+            )  # fmt: skip
+    for t in tl.range(begin, whole, 16, num_stages=STAGES):
+        h, product = _tile(
+            x, a, b, c, h0, sequence, y, hn, states, h, product,
+            direction * x_time, direction * a_time, direction * b_time, direction * c_time, direction,
+            t, L, channels, D, LOG, SUMMARY, BD, EVEN, True,
+        )  # fmt: skip
+    if whole < end:
+        h, product = _tile(
+            x, a, b, c, h0, sequence, y, hn, states, h, product,
+            direction * x_time, direction * a_time, direction * b_time, direction * c_time, direction,
+            whole, L, channels, D, LOG, SUMMARY, BD, EVEN, False,
+        )  # fmt: skip
+
+    if SUMMARY:
+        row = summary_row + segment.to(tl.int64) * D + channels
+        tl.store(products + row, product, mask=inside)
+        tl.store(totals + row, h, mask=inside)
+    elif sequence is None:
+        tl.store(hn + batch * D + channels, h, mask=inside & (end == L))
+
+
+def forward(
+    x: Tensor,
+    decay: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    log: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, l, d = x.shape
+    y = torch.empty((batch, l, d), dtype=x.dtype, device=x.device)
+    # Packed: an empty sequence keeps its initial state, the kernel writes the others.
+    if sequence is None:
+        hn = torch.empty((batch, d), dtype=torch.float32, device=x.device)
+    else:
+        hn = h0.to(torch.float32, copy=True)
+    states = torch.empty((batch if save else 0, triton.cdiv(l, ROWS), d), dtype=torch.float32, device=x.device)
+    if batch * d == 0:
+        return y, hn, states
+    x, decay, b, c = (channels_last(t) for t in (x, decay, b, c))
+    h0 = None if h0 is None else h0.contiguous()
+    strides = [s for t in (x, decay, b, c) for s in ((0, 0) if t is None else t.stride()[:2])]
+    config = FORWARD[x.dtype]
+    blocks = triton.cdiv(d, config.BD)
+    length = segment_length(batch * blocks, l)
+    segments = max(triton.cdiv(l, length), 1)
+    products = totals = None
+    flags = {"LOG": log, "REVERSE": reverse, "BD": config.BD, "EVEN": d % config.BD == 0, "STAGES": config.stages}
+    if segments > 1:
+        products, totals = torch.empty((2, batch, segments, d), dtype=torch.float32, device=x.device)
+        # Nothing enters after the last segment, so it needs no summary.
+        linear_scan_forward[(blocks, segments - 1, batch)](
+            x, decay, b, None, h0, sequence, None, None, None, products, totals,
+            l, d, length, segments, *strides, SUMMARY=True, num_warps=config.warps, **flags,
+        )  # fmt: skip
+    linear_scan_forward[(blocks, segments, batch)](
+        x, decay, b, c, h0, sequence, y, hn, states if save else None, products, totals,
+        l, d, length, segments, *strides, SUMMARY=False, num_warps=config.warps, **flags,
+    )  # fmt: skip
+    return y, hn, states

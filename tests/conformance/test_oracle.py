@@ -1,0 +1,56 @@
+"""Outputs and every gradient against the float64 reference, into memory that was filled with NaN."""
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from ssmscan.testing import PLAIN, Call, OpCase, Option, Setting, Size, Standard
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+PACKED_REVERSE = Setting("packed reverse", h0=True, reverse=True, lengths=(0, 1, 15, 16, 17, 0, 3))
+
+
+@lru_cache
+def _standard(
+    case: OpCase, option: Option, dtype: torch.dtype, setting: Setting, size: tuple, extreme: str | None, device: str
+) -> tuple[Call, Standard]:
+    call = case.call(option, dict(size), setting, extreme=extreme).cast(dtype, device)
+    return call, Standard.of(call, device)
+
+
+def _check(
+    case: OpCase,
+    option: Option,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    setting: Setting,
+    size: Size,
+    extreme: str | None = None,
+) -> None:
+    call, standard = _standard(case, option, dtype, setting, tuple(size.items()), extreme, device)
+    standard.judge(call.differentiate(backend, standard.cotangents), case, dtype)
+
+
+@pytest.mark.grid(every_size=True)
+def test_outputs_and_gradients(case, option, backend, device, dtype, setting, size):
+    _check(case, option, backend, device, dtype, setting, size)
+
+
+@pytest.mark.grid(dtypes=(torch.float32, torch.bfloat16), settings=(PLAIN, PACKED_REVERSE))
+def test_extremes(case, option, backend, device, dtype, setting, size, extreme):
+    _check(case, option, backend, device, dtype, setting, size, extreme)
+
+
+@pytest.mark.grid(dtypes=(torch.bfloat16,))
+def test_one_narrow_input(case, option, backend, device, dtype, size):
+    """Under autocast a layer's x comes in bfloat16 and its decays in float32: y has x's dtype, a gradient its own."""
+    wide = case.call(option, size).cast(torch.float32, device)
+    call = wide.replace(x=wide.tensors["x"].to(dtype))
+    standard = Standard.of(call, device)
+    values = call.differentiate(backend, standard.cotangents)
+    assert values["y"].dtype is dtype
+    assert {name: values[f"d{name}"].dtype for name in call.tensors} == {n: t.dtype for n, t in call.tensors.items()}
+    standard.judge(values, case, dtype)

@@ -1,0 +1,153 @@
+"""Under the transforms of PyTorch: registered operators, torch.compile, autocast, activation checkpointing."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ssmscan.testing import (
+    PLAIN,
+    Setting,
+    assert_close,
+    assert_same_bits,
+    differentiate,
+    draw_cotangents,
+    widest,
+)
+
+H0 = Setting("h0", h0=True)
+PACKED = Setting("packed reverse", h0=True, reverse=True, lengths=(0, 1, 17))
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects the calls of the library's own operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "ssmscan":
+            self.calls.append((function, arguments, keywords or {}))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.grid(backends=("cpu", "triton"), settings=(PLAIN, H0, PACKED))
+def test_registered_operators(case, option, backend, device, setting, size):
+    """Schema, autograd registration, fake tensors and dynamic shapes of each operator that a call goes through."""
+    call = case.call(option, size, setting).cast(torch.float32, device)
+    recorder = _Recorder()
+    with recorder:
+        call.differentiate(backend)
+    assert recorder.calls, "no registered operator was called"
+    leaves = {id(tensor) for tensor in call.tensors.values()}
+    for function, arguments, keywords in recorder.calls:
+
+        def fresh(value, forward=function is recorder.calls[0][0]):
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.detach().clone().requires_grad_(forward and value.is_floating_point())
+
+        torch.library.opcheck(function, tuple(fresh(v) for v in arguments), {n: fresh(v) for n, v in keywords.items()})
+    assert leaves
+
+
+def _compiled(backend):
+    """``Call.run`` compiled, and the list of compilations so far."""
+    compilations = []
+
+    def compiler(graph, inputs):
+        compilations.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=compiler)
+    def compiled(op, tensors, keywords):
+        return op(**tensors, **keywords, backend=backend)
+
+    def run(call):
+        result = compiled(call.case.op, dict(call.tensors), dict(call.keywords))
+        return {"y": result} if isinstance(result, torch.Tensor) else dict(zip(("y", "h"), result, strict=True))
+
+    return run, compilations
+
+
+@pytest.mark.grid(settings=(PLAIN, H0, PACKED))
+def test_compile(case, option, backend, device, setting, size):
+    """One graph without breaks serves two lengths, forward and backward."""
+    run, compilations = _compiled(backend)
+    for length in (37, 45):
+        if setting.lengths is not None:
+            setting = Setting(setting.name, setting.h0, setting.reverse, (0, 1, length))
+        call = case.call(option, {**size, "l": length}, setting).cast(widest(backend), device)
+        assert_close(differentiate(run, call), call.differentiate(backend), widest(backend))
+    assert len(compilations) == 1
+
+
+@pytest.mark.grid(first=True, needs=("cu_seqlens",))
+def test_bad_bounds_that_no_one_reads(case, option, backend, device, size):
+    """Compiled, or on a GPU, the values of cu_seqlens are not read on the host; bad ones turn all outputs into NaN."""
+    run, _ = _compiled(backend)
+    call = case.call(option, size, Setting("packed", lengths=(3, 20, 4))).cast(torch.float32, device)
+    for bad in ([0, 20, 3, 27], [1, 3, 20, 27], [0, 3, 20, 26], [0, 3, 20, 99], [-5, 3, 20, 27]):
+        outputs = run(call.set(cu_seqlens=torch.tensor(bad, device=device)))
+        assert outputs["y"].isnan().all(), bad
+        assert all(output.isnan().all() for output in outputs.values()), bad
+    assert run(call)["y"].isfinite().all()
+
+
+@pytest.mark.grid(first=True, dtypes=(torch.bfloat16,))
+def test_autocast(case, option, backend, device, dtype, size):
+    """The surrounding autocast changes nothing: each argument is taken in the dtype in which it comes."""
+    wide = case.call(option, size, Setting("h0", h0=case.has(option, "h0"))).cast(torch.float32, device)
+    call = wide.replace(x=wide.tensors["x"].to(dtype))
+    expected = call.differentiate(backend)
+
+    def under_autocast(call):
+        with torch.autocast(device, dtype=dtype):
+            return call.run(backend)
+
+    assert_same_bits(differentiate(under_autocast, call), expected)
+
+
+@pytest.mark.grid(first=True)
+def test_activation_checkpointing(case, option, backend, device, size):
+    call = case.call(option, size, Setting("h0", h0=case.has(option, "h0"))).cast(widest(backend), device)
+
+    def checkpointed(call):
+        return checkpoint(call.run, backend, use_reentrant=False)
+
+    assert_same_bits(differentiate(checkpointed, call), call.differentiate(backend))
+
+
+@pytest.mark.grid(first=True, needs=("step",))
+def test_compiled_step(case, option, size):
+    """The state is still updated in place."""
+    call = case.call(option, size).cast(torch.float32).each(lambda tensor: tensor[:, 0])
+    h, expected = case.draw_state(size, size["b"]).float(), case.draw_state(size, size["b"]).float()
+    compiled = torch.compile(case.step, fullgraph=True, dynamic=True, backend="aot_eager")
+    y = compiled(**call.tensors, **call.keywords, h=h)
+    assert torch.equal(y, case.step(**call.tensors, **call.keywords, h=expected))
+    assert torch.equal(h, expected)
+    assert not torch.equal(h, case.draw_state(size, size["b"]).float())
+
+
+@pytest.mark.grid(first=True)
+def test_inference_mode(case, option, backend, device, size):
+    call = case.call(option, size).cast(torch.float32, device)
+    with torch.inference_mode():
+        outputs = call.run(backend)
+    assert_same_bits(outputs, call.run(backend))
+
+
+@pytest.mark.grid(first=True)
+def test_tensors_that_record_their_hooks(case, option, backend, device, size):
+    """What the backward needs goes through saved_tensors, so that offloading to other memory sees it."""
+    call = case.call(option, size).cast(widest(backend), device)
+    cotangents = draw_cotangents(call.run(backend))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor.clone(), lambda t: t):
+        values = call.differentiate(backend, cotangents)
+    assert saved
+    assert_same_bits(values, call.differentiate(backend, cotangents))
