@@ -64,7 +64,7 @@ def check_shape(
     function: str, name: str, tensor: Tensor | None, axes: str, expected: Sequence[int], matches: str
 ) -> None:
     """``tensor``, when given, has the shape ``expected``, whose axes are ``axes`` and which ``matches`` set."""
-    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+    if tensor is not None and tensor.shape != expected:
         raise ValueError(
             error(
                 function,

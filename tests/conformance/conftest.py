@@ -1,6 +1,7 @@
 """Every test here runs for every operation: the names of its arguments say over what.
 
-`case`, `option`, `backend`, `device`, `dtype`, `setting`, `size` and `extreme` are filled from ``ssmscan.ops.cases``.
+`case`, `option`, `backend`, `device`, `dtype`, `setting`, `size`, `extreme` and `refusal` are filled from
+``ssmscan.ops.cases``.
 A test that takes `device` runs on the CPU and, marked `gpu`, again on a CUDA device with Triton.
 
 The mark `grid` changes the choice: ``needs`` names features that the operation must have, ``first`` takes the first
@@ -43,6 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "refusal" in metafunc.fixturenames:
+        rules = [(case, rule) for case in CASES for rule in case.refused]
+        metafunc.parametrize("refusal", rules, ids=[f"{case.name}-{rule.name}" for case, rule in rules])
     if "case" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("grid")

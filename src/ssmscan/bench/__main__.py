@@ -17,15 +17,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssmscan.
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Check operations against their references, time them, and record what was measured.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"operations, of {', '.join(cases)}; none names them all")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of <gpu>/<op>.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder of <gpu>/<op>.json (default: %(default)s)"
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to run; without a CUDA device, the CPU",
+        help="where to run (default: a CUDA device if there is one, here %(default)s)",
     )
     parser.add_argument(
         "--backends",

@@ -1,11 +1,13 @@
 """What a reader sees of the results: a table in the terminal, tables in README.md, and a plot of time over length."""
 
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row
 from ssmscan.shapes import error
+from ssmscan.testing import Size
 
 BEGIN = "<!-- benchmarks: begin -->"
 END = "<!-- benchmarks: end -->"
@@ -29,7 +31,7 @@ def tables(results: Sequence[Result]) -> str:
         lines += [
             (
                 _operation(row, result),
-                _shape(row),
+                axes(row.shape),
                 row.dtype,
                 _NAMES[row.direction],
                 f"{row.median_ms:.3g} ms",
@@ -58,36 +60,34 @@ def insert(text: str, content: str) -> str:
 
 def show(result: Result) -> None:
     """Print all rows of ``result``."""
-    header = ("variant", "shape", "dtype", "direction", "backend", "ms", "p20 to p80", "floor", "ratio", "memory")
+    header = ("variant", "shape", "dtype", "direction", "backend", "ms", "floor", "ratio", "memory")
     lines = [
         (
             row.variant,
-            _shape(row),
+            axes(row.shape),
             row.dtype,
             row.direction,
             row.backend,
             f"{row.median_ms:.4g}",
-            f"{row.p20_ms:.4g} to {row.p80_ms:.4g}",
             f"{row.floor_ms:.4g}",
             f"{row.ratio_to_floor:.2f}",
             _mib(row),
         )
         for row in result.rows
     ]
-    title = f"{result.op} on {result.gpu}: {_origin(result)}"
+    print(f"{result.op} on {result.gpu}: {_origin(result)}")
     if find_spec("rich") is not None:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*header, title=title)
+        table = Table(*header, box=SIMPLE_HEAD)
         for line in lines:
             table.add_row(*line)
-        console = Console()
-        # A table that goes into a file is not cut to a terminal's width.
-        console.print(table, width=None if console.is_terminal else console.measure(table).maximum)
+        # A file has no width to fit.
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
         return
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    print(title)
     for line in (header, *lines):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
@@ -95,7 +95,7 @@ def show(result: Result) -> None:
 def plot(result: Result, path: Path) -> None:
     """Write the picture of time over length, with the floors, of the headline and its sweep. Needs matplotlib."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     first = result.rows[0]
     swept = [row for row in result.rows if row.variant in (HEADLINE, SWEEP) and row.backend == first.backend]
@@ -104,29 +104,30 @@ def plot(result: Result, path: Path) -> None:
         for direction in DIRECTIONS
     }
     figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log")
+    plane = figure.add_subplot(xscale="log", yscale="log")
     for direction, rows in lines.items():
         lengths = [row.shape["l"] for row in rows]
         colour = _COLOURS[direction]
-        axes.fill_between(lengths, [r.p20_ms for r in rows], [r.p80_ms for r in rows], color=colour, alpha=0.15, lw=0)
-        axes.plot(lengths, [r.median_ms for r in rows], color=colour, lw=2, marker="o", ms=5, label=_NAMES[direction])
-        axes.plot(lengths, [r.floor_ms for r in rows], color=colour, lw=1.3, ls=(0, (4, 3)), label="its floor")
+        plane.fill_between(lengths, [r.p20_ms for r in rows], [r.p80_ms for r in rows], color=colour, alpha=0.15, lw=0)
+        plane.plot(lengths, [r.median_ms for r in rows], color=colour, lw=2, marker="o", ms=5, label=_NAMES[direction])
+        plane.plot(lengths, [r.floor_ms for r in rows], color=colour, lw=1.3, ls=(0, (4, 3)), label="its floor")
     times = [time for row in swept for time in (row.floor_ms, row.p80_ms)]
-    axes.set_ylim(min(times) / 1.6, max(times) * 1.6)
+    plane.set_ylim(min(times) / 1.6, max(times) * 1.6)
     lengths = sorted({row.shape["l"] for row in swept})
-    axes.set_xticks(lengths, [_thousands(length) for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda ms, _: f"{ms:g}" if f"{ms:e}"[0] in "25" else ""))
-    axes.set_xlabel("length", color=_MUTED)
-    axes.set_ylabel("milliseconds", color=_MUTED)
-    axes.grid(color=_GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, colors=_MUTED)
-    for spine in axes.spines.values():
+    plane.set_xticks(lengths, [_thousands(length) for length in lengths])
+    plane.xaxis.set_minor_locator(NullLocator())
+    plane.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    plane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    plane.yaxis.set_minor_locator(NullLocator())
+    plane.set_xlabel("length", color=_MUTED)
+    plane.set_ylabel("milliseconds", color=_MUTED)
+    plane.grid(color=_GRID, lw=0.8)
+    plane.set_axisbelow(True)
+    plane.tick_params(which="both", length=0, colors=_MUTED)
+    for spine in plane.spines.values():
         spine.set_visible(False)
-    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 1.0), labelcolor=_INK, fontsize=9)
-    rest = " ".join(f"{axis}={length}" for axis, length in first.shape.items() if axis not in "bl")
+    plane.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 1.0), labelcolor=_INK, fontsize=9)
+    rest = axes({axis: length for axis, length in first.shape.items() if axis not in "bl"})
     tokens = first.shape["b"] * first.shape["l"]
     figure.suptitle(
         f"{result.op} on {result.gpu.upper()}: {_thousands(tokens)} tokens, {rest}, {first.dtype}",
@@ -152,8 +153,9 @@ def _origin(result: Result) -> str:
     )
 
 
-def _shape(row: Row) -> str:
-    return " ".join(f"{axis}={length}" for axis, length in row.shape.items())
+def axes(size: Size) -> str:
+    """A size in words: b=8 l=8192 d=2048."""
+    return " ".join(f"{axis}={length}" for axis, length in size.items())
 
 
 def _mib(row: Row) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmscan import backend as available
 from ssmscan.bench import gate, measure
-from ssmscan.bench.report import show
+from ssmscan.bench.report import axes, show
 from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row, commit, machine, now, versions
 from ssmscan.shapes import error
 from ssmscan.testing import Benchmark, Call, OpCase
@@ -69,9 +69,8 @@ def backends_of(case: OpCase, device: str, wanted: Sequence[str] = ()) -> list[s
     Without ``wanted``, the operation's best on ``device``. ValueError or RuntimeError when one of them cannot run.
     """
     if not wanted:
-        return [
-            b for b in available.BACKENDS if b in case.backends and not available.why_not(b, device, torch.float32)
-        ][:1]
+        best = available.choose(case.name, "auto", device, torch.float32)
+        return [best if best in case.backends else "torch"]
     names = [available.choose(case.name, name, device, torch.float32) for name in wanted]
     for name in names:
         if name not in (*case.backends, "reference"):
@@ -81,20 +80,26 @@ def backends_of(case: OpCase, device: str, wanted: Sequence[str] = ()) -> list[s
 
 def benchmarks_of(case: OpCase, device: str) -> list[Benchmark]:
     """The case's rows and, at the tokens of the first, a sweep of lengths; each once, at sizes for ``device``."""
-    rows = list(case.benchmarks)
-    if device == "cpu":
-        rows = [replace(r, size={**r.size, "b": 1, "l": min(r.size["l"], CPU_LENGTH)}) for r in rows if not r.graph]
+    rows = list(case.benchmarks) if device == "cuda" else _for_cpu(case.benchmarks)
+    if not rows:
+        return []
     headline = rows[0] = replace(rows[0], variant=HEADLINE)
     tokens = headline.size["b"] * headline.size["l"]
-    rows += [
+    return rows + [
         replace(headline, variant=SWEEP, size={**headline.size, "b": tokens // length, "l": length}, graph=False)
         for length in LENGTHS
-        if length <= tokens
+        if length <= tokens and length != headline.size["l"]
     ]
-    unique: dict[object, Benchmark] = {}
+
+
+def _for_cpu(rows: Sequence[Benchmark]) -> list[Benchmark]:
+    """The rows at a CPU's sizes, without those that are there for a GPU's launches or have become the same."""
+    small: dict[object, Benchmark] = {}
     for row in rows:
-        unique.setdefault((*row.size.items(), row.option, row.dtype, row.graph), row)
-    return list(unique.values())
+        if not row.graph:
+            size = {**row.size, "b": 1, "l": min(row.size["l"], CPU_LENGTH)}
+            small.setdefault((*size.items(), row.option, row.dtype), replace(row, size=size))
+    return list(small.values())
 
 
 def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) -> tuple[list[Row], list[str]]:
@@ -103,7 +108,7 @@ def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) ->
     checked: set[object] = set()
     for benchmark in benchmarks_of(case, device):
         for backend in backends if _elements(case, benchmark) <= BASELINE else backends[:1]:
-            label = f"bench: {case.name}, {benchmark.variant}, {benchmark.size}, {backend}"
+            label = f"bench: {case.name}, {benchmark.variant}, {axes(benchmark.size)}, {backend}"
             check = (*gate.small(benchmark.size).items(), benchmark.option, benchmark.dtype, backend)
             try:
                 if check not in checked:

@@ -5,6 +5,8 @@ one int32 sequence number per token: the same for both directions, safe for any 
 synchronisation.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, b: int, l: int, device: 
                     f"{values[0]} … {values[-1]}",
                 )
             )
-        for before, after in zip(values, values[1:], strict=False):
+        for before, after in pairwise(values):
             if after < before:
                 raise ValueError(error(function, "cu_seqlens must not decrease", f"{before} then {after}"))
 

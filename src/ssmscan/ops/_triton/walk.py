@@ -8,6 +8,8 @@ With too few walkers to fill the device the sequence is cut into segments. A fir
 h -> P·h + S, and each walker composes the summaries of the segments before its own, always in the same order.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,10 +22,25 @@ PROGRAMS = 264
 SHORTEST_SEGMENT = 128
 
 
-def segment_length(walkers: int, l: int) -> int:
-    """Steps of a segment, a multiple of a tile, such that ``walkers`` of them at a time fill the device."""
-    segments = max(min(PROGRAMS // max(walkers, 1), l // SHORTEST_SEGMENT), 1)
-    return max(triton.cdiv(triton.cdiv(l, segments), ROWS), 1) * ROWS
+class Plan(NamedTuple):
+    """How a launch covers the channels and the length."""
+
+    blocks: int  # of BD channels
+    length: int  # steps of a segment, a multiple of a tile
+    segments: int
+
+
+def plan(batch: int, l: int, d: int, BD: int) -> Plan:
+    """Segments long enough to be worth their summary, and enough of them to fill the device."""
+    blocks = -(-d // BD)
+    wanted = max(min(PROGRAMS // (batch * blocks), l // SHORTEST_SEGMENT), 1)
+    length = max(-(-l // (wanted * ROWS)), 1) * ROWS
+    return Plan(blocks, length, max(-(-l // length), 1))
+
+
+def batch_and_time(*tensors: Tensor | None) -> tuple[int, ...]:
+    """The strides of the first two axes of each tensor; zeros for one that is not given."""
+    return tuple([s for t in tensors for s in ((0, 0) if t is None else t.stride()[:2])])
 
 
 def channels_last(tensor: Tensor | None) -> Tensor | None:
@@ -85,9 +102,7 @@ def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def store_tile(
-    pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
-):
+def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
     """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
     pointers = pointer + (offset[:, None] + channels[None, :])
     tile = tl.trans(_glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
@@ -100,14 +115,31 @@ def store_tile(
 
 
 @triton.jit
-def changes(sequence, t, step, i, L, AFTER: tl.constexpr):
-    """Whether the packed sequence changes between positions t+i and its neighbour before (AFTER: after) in scan order.
+def edges(sequence, t, row, step, L, LAST: tl.constexpr):
+    """Which of the positions t + row are the first (LAST: the last) of their packed sequence, in scan order; [16]."""
+    position = t + row
+    here = tl.load(sequence + position * step, mask=position < L, other=-1)
+    beyond = position + 1 if LAST else position - 1
+    neighbour = tl.load(sequence + beyond * step, mask=(beyond >= 0) & (beyond < L), other=-1)
+    # Nothing lies beyond the ends of the sequence, so there it changes.
+    return (here != neighbour) & (position < L)
 
-    ``i`` is one position or a vector of them. Nothing lies beyond the ends, so there it changes.
-    """
-    here = tl.load(sequence + tl.minimum(t + i, L - 1) * step)
-    beyond = t + i + 1 if AFTER else t + i - 1
-    return here != tl.load(sequence + beyond * step, mask=(beyond >= 0) & (beyond < L), other=-1)
+
+@triton.jit
+def bits(flags):
+    """Sixteen flags as the bits of one number."""
+    return tl.sum(tl.where(flags, 1 << tl.arange(0, 16), 0), 0)
+
+
+@triton.jit
+def gather_states(states, owner, flags, flag_bits, channels, D, BD: tl.constexpr):
+    """For each of 16 rows, its sequence's state where flagged; most tiles have no flag, and load nothing."""
+    if flag_bits != 0:
+        found = load_tile(states, owner * D, flags, channels, D, 0.0, BD, False, False)
+    else:
+        z = tl.zeros((BD,), states.dtype.element_ty)
+        found = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
+    return found
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """The registered operators behind the fused backends: schemas, shapes, and the derivative.
 
-One forward and one backward operator. Each backend's functions ``forward`` and ``backward`` are imported at their
+``linear_scan`` is for inference: no derivative, and the least work on the host. ``linear_scan_saving`` also returns the
+states from which its derivative, ``linear_scan_backward``, starts. Each backend's functions ``forward`` and ``backward`` are imported at their
 first call, so that nothing here needs Triton or Numba.
 """
 
@@ -25,14 +26,14 @@ _MODULES = {
 SPAN = 16
 
 _library = torch.library.Library("ssmscan", "FRAGMENT")
+_INPUTS = "Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor? h0, Tensor? sequence"
+_library.define(f"linear_scan({_INPUTS}, bool log, bool reverse, str backend) -> (Tensor y, Tensor h)")
 _library.define(
-    "linear_scan(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor? h0, Tensor? sequence, "
-    "bool log, bool reverse, bool save, str backend) -> (Tensor y, Tensor h, Tensor states)"
+    f"linear_scan_saving({_INPUTS}, bool log, bool reverse, str backend) -> (Tensor y, Tensor h, Tensor states)"
 )
 _library.define(
-    "linear_scan_backward(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor? h0, Tensor? sequence, Tensor states, "
-    "Tensor dy, Tensor? dh, bool log, bool reverse, bool[] needs, str backend) "
-    "-> (Tensor dx, Tensor da, Tensor db, Tensor dc, Tensor dh0)"
+    f"linear_scan_backward({_INPUTS}, Tensor states, Tensor dy, Tensor? dh, bool log, bool reverse, bool[] needs, "
+    "str backend) -> (Tensor dx, Tensor da, Tensor db, Tensor dc, Tensor dh0)"
 )
 
 
@@ -47,9 +48,10 @@ def linear_scan(
     reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, decay, b, c, h0))
-    y, h, _ = torch.ops.ssmscan.linear_scan(x, decay, b, c, h0, sequence, log, reverse, save, backend)
-    return y, h
+    arguments = (x, decay, b, c, h0, sequence, log, reverse, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+        return torch.ops.ssmscan.linear_scan_saving.default(*arguments)[:2]
+    return torch.ops.ssmscan.linear_scan.default(*arguments)
 
 
 @cache
@@ -57,29 +59,36 @@ def _function(backend: str, name: str) -> Callable[..., Any]:
     return getattr(import_module(f"{__package__}.{_MODULES[backend, name]}"), name)
 
 
-def _forward(x, decay, b, c, h0, sequence, log, reverse, save, backend):
-    return _function(backend, "forward")(x, decay, b, c, h0, sequence, log, reverse, save)
+def _forward(*arguments):
+    return _function(arguments[-1], "forward")(*arguments[:-1], False)[:2]
 
 
-def _backward(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend):
-    return _function(backend, "backward")(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs)
+def _saving(*arguments):
+    return _function(arguments[-1], "forward")(*arguments[:-1], True)
+
+
+def _backward(*arguments):
+    return _function(arguments[-1], "backward")(*arguments[:-1])
 
 
 for _device in ("CPU", "CUDA"):
     _library.impl("linear_scan", _forward, _device)
+    _library.impl("linear_scan_saving", _saving, _device)
     _library.impl("linear_scan_backward", _backward, _device)
 
 
 @torch.library.register_fake("ssmscan::linear_scan", lib=_library)
-def _(x, decay, b, c, h0, sequence, log, reverse, save, backend):
+def _fake(x, decay, b, c, h0, sequence, log, reverse, backend):
     batch, l, d = x.shape
-    dtype = state_dtype(x, decay, b, c, h0)
     s = batch if h0 is None else h0.shape[0]
-    return (
-        x.new_empty(batch, l, d),
-        x.new_empty(s, d, dtype=dtype),
-        x.new_empty(batch if save else 0, (l + SPAN - 1) // SPAN, d, dtype=dtype),
-    )
+    return x.new_empty(batch, l, d), x.new_empty(s, d, dtype=state_dtype(x, decay, b, c, h0))
+
+
+@torch.library.register_fake("ssmscan::linear_scan_saving", lib=_library)
+def _(x, *arguments):
+    batch, l, d = x.shape
+    y, h = _fake(x, *arguments)
+    return y, h, h.new_empty(batch, (l + SPAN - 1) // SPAN, d)
 
 
 @torch.library.register_fake("ssmscan::linear_scan_backward", lib=_library)
@@ -93,7 +102,7 @@ def _(x, decay, b, c, h0, sequence, states, dy, dh, log, reverse, needs, backend
 
 
 def _setup(ctx, inputs, output):
-    x, decay, b, c, h0, sequence, ctx.log, ctx.reverse, _, ctx.backend = inputs
+    x, decay, b, c, h0, sequence, ctx.log, ctx.reverse, ctx.backend = inputs
     ctx.save_for_backward(x, decay, b, c, h0, sequence, output[2])
     ctx.set_materialize_grads(False)
 
@@ -118,7 +127,7 @@ def _refuse(ctx, *_):
     )
 
 
-torch.library.register_autograd("ssmscan::linear_scan", _differentiate, setup_context=_setup, lib=_library)
+torch.library.register_autograd("ssmscan::linear_scan_saving", _differentiate, setup_context=_setup, lib=_library)
 torch.library.register_autograd(
     "ssmscan::linear_scan_backward",
     _refuse,

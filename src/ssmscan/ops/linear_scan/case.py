@@ -3,7 +3,7 @@
 import torch
 
 from ssmscan.ops.linear_scan.op import linear_scan, linear_scan_step
-from ssmscan.testing import Benchmark, OpCase, Option
+from ssmscan.testing import Benchmark, OpCase, Option, Refusal
 
 ALL = Option("a, b, c", ("x", "a", "b", "c"))
 DECAY = Option("a", ("x", "a"))
@@ -61,6 +61,20 @@ CASE = OpCase(
         "a near 1": _near_one,
         "a > 1": _decay(1.3),
     },
+    refused=(
+        Refusal("neither a nor log_a", lambda call: call.pop("a"), ValueError, "exactly one of a and log_a"),
+        Refusal("a and log_a", lambda call: call.update(log_a=call["a"]), ValueError, "exactly one of a and log_a"),
+    ),
+    # Around the 16 steps between two saved states, and the channels of a program.
+    large=(
+        {"b": 2, "l": 100, "d": 33},
+        {"b": 3, "l": 1, "d": 64},
+        {"b": 1, "l": 15, "d": 130},
+        {"b": 2, "l": 16, "d": 1},
+        {"b": 2, "l": 17, "d": 64},
+        {"b": 1, "l": 4099, "d": 33},
+        {"b": 2, "l": 4099, "d": 130},
+    ),
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 8192, "d": 2048}, ALL),
         Benchmark("x and a", {"b": 8, "l": 8192, "d": 2048}, DECAY),

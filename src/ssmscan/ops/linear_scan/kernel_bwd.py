@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.walk import changes, channels_last, enter_segment, load_tile, segment_length, store_tile
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.walk import (
+    batch_and_time,
+    bits,
+    channels_last,
+    edges,
+    enter_segment,
+    gather_states,
+    load_tile,
+    plan,
+    store_tile,
+)
 from ssmscan.ops.linear_scan.configs import BACKWARD
 
 
@@ -31,24 +42,26 @@ def _tile(
     if c is not None:
         cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
-        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * D
-        starts = exists & changes(sequence, t, direction, row, L, False)
-        ends = exists & changes(sequence, t, direction, row, L, True)
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
+        starts = edges(sequence, t, row, direction, L, False)
+        ends = edges(sequence, t, row, direction, L, True)
+        first = bits(starts)
+        last = bits(ends)
         if dh is not None:
-            final = load_tile(dh, owner, ends, channels, D, 0.0, BD, EVEN, False)
+            final = gather_states(dh, owner, ends, last, channels, D, BD)
     if not SUMMARY:
         xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if b is not None:
             bs = load_tile(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
-            entering = load_tile(h0, owner, starts, channels, D, 0.0, BD, EVEN, False)
+            entering = gather_states(h0, owner, starts, first, channels, D, BD)
         # The states before and after each step.
         h = tl.load(states + t // 16 * D + channels, mask=channels < D, other=0.0)
         befores = ()
         afters = ()
         for i in tl.static_range(16):
             if sequence is not None:
-                h = tl.where(changes(sequence, t, direction, i, L, False), entering[i].to(tl.float32), h)
+                h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
             befores = befores + (h,)
             decay = decays[i].to(tl.float32)
             if LOG:
@@ -66,12 +79,12 @@ def _tile(
     gs = ()
     for i in tl.static_range(15, -1, -1):
         if sequence is not None:
-            last = changes(sequence, t, direction, i, L, True)
+            ended = (last >> i) & 1 != 0
             if dh is None:
-                g = tl.where(last, 0.0, g)
+                g = tl.where(ended, 0.0, g)
             else:
-                g = tl.where(last, final[i].to(tl.float32), g)
-            product = tl.where(last, 0.0, product)
+                g = tl.where(ended, final[i].to(tl.float32), g)
+            product = tl.where(ended, 0.0, product)
         decay = decays[i].to(tl.float32)
         if LOG:
             decay = tl.exp(decay)
@@ -100,11 +113,12 @@ def _tile(
     if dc is not None:
         store_tile(dc + t * step, row * step, exists, dcs, channels, D, BD, EVEN, WHOLE)
     if dh0 is not None and sequence is not None:
-        store_tile(dh0, owner, starts, gs, channels, D, BD, EVEN, False)
+        if first != 0:
+            store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
     return g, product
 
 
-@triton.jit(do_not_specialize=["L", "length", "segments"])
+@kernel(do_not_specialize=["L", "length", "segments"])
 def linear_scan_backward(
     x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, products, totals,
     L, D, length, segments,
@@ -191,12 +205,13 @@ def backward(
     reverse: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, decay, b and c where ``needs`` says so, empty otherwise, and of h0 where it is given."""
     batch, l, d = x.shape
     gradients = [
-        torch.empty((batch if need else 0, l, d), dtype=(x if t is None else t).dtype, device=x.device)
+        (x if t is None else t).new_empty(batch if need else 0, l, d)
         for t, need in zip((x, decay, b, c), needs, strict=True)
     ]
-    dh0 = torch.empty((0 if h0 is None else h0.shape[0], d), dtype=torch.float32, device=x.device)
+    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], d, dtype=torch.float32)
     if sequence is not None:
         # The state of an empty sequence passes through; the kernel writes the others.
         dh0.copy_(dh) if dh is not None else dh0.zero_()
@@ -204,22 +219,26 @@ def backward(
         return *gradients, dh0
     x, decay, b, c, dy = (channels_last(t) for t in (x, decay, b, c, dy))
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
-    strides = [s for t in (x, decay, b, c, dy) for s in ((0, 0) if t is None else t.stride()[:2])]
     config = BACKWARD[x.dtype]
-    blocks = triton.cdiv(d, config.BD)
-    length = segment_length(batch * blocks, l)
-    segments = max(triton.cdiv(l, length), 1)
+    blocks, length, segments = plan(batch, l, d, config.BD)
+    integers = (l, d, length, segments, *batch_and_time(x, decay, b, c, dy))
+    constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None
-    flags = {"LOG": log, "REVERSE": reverse, "BD": config.BD, "EVEN": d % config.BD == 0, "STAGES": config.stages}
     if segments > 1:
-        products, totals = torch.empty((2, batch, segments, d), dtype=torch.float32, device=x.device)
-        linear_scan_backward[(blocks, segments - 1, batch)](
-            x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals,
-            l, d, length, segments, *strides, SUMMARY=True, num_warps=config.warps, **flags,
-        )  # fmt: skip
-    linear_scan_backward[(blocks, segments, batch)](
-        x, decay, b, c, dy, h0, sequence, states, *(v if need else None for v, need in zip(gradients, needs, strict=True)),
-        dh, dh0 if h0 is not None else None, products, totals,
-        l, d, length, segments, *strides, SUMMARY=False, num_warps=config.warps, **flags,
-    )  # fmt: skip
+        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
+        linear_scan_backward.launch(
+            (blocks, segments - 1, batch),
+            (x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals),
+            integers,
+            (log, reverse, True, *constants),
+            config.warps,
+        )
+    outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    linear_scan_backward.launch(
+        (blocks, segments, batch),
+        (x, decay, b, c, dy, h0, sequence, states, *outputs, dh, None if h0 is None else dh0, products, totals),
+        integers,
+        (log, reverse, False, *constants),
+        config.warps,
+    )
     return *gradients, dh0

@@ -5,7 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.walk import ROWS, changes, channels_last, enter_segment, load_tile, segment_length, store_tile
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.walk import (
+    ROWS,
+    batch_and_time,
+    bits,
+    channels_last,
+    edges,
+    enter_segment,
+    gather_states,
+    load_tile,
+    plan,
+    store_tile,
+)
 from ssmscan.ops.linear_scan.configs import FORWARD
 
 
@@ -28,16 +40,16 @@ def _tile(
     if c is not None:
         cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
-        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * D
-        starts = exists & changes(sequence, t, direction, row, L, False)
-        entering = load_tile(h0, owner, starts, channels, D, 0.0, BD, EVEN, False)
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
+        starts = edges(sequence, t, row, direction, L, False)
+        first = bits(starts)
+        entering = gather_states(h0, owner, starts, first, channels, D, BD)
     hs = ()
     ys = ()
     for i in tl.static_range(16):
         if sequence is not None:
-            first = changes(sequence, t, direction, i, L, False)
-            h = tl.where(first, entering[i].to(tl.float32), h)
-            product = tl.where(first, 0.0, product)
+            h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
+            product = tl.where((first >> i) & 1 != 0, 0.0, product)
         decay = decays[i].to(tl.float32)
         if LOG:
             decay = tl.exp(decay)
@@ -55,12 +67,13 @@ def _tile(
         step = direction * D
         store_tile(y + t * step, row * step, exists, ys, channels, D, BD, EVEN, WHOLE)
         if sequence is not None:
-            ends = exists & changes(sequence, t, direction, row, L, True)
-            store_tile(hn, owner, ends, hs, channels, D, BD, EVEN, False)
+            ends = edges(sequence, t, row, direction, L, True)
+            if bits(ends) != 0:
+                store_tile(hn, owner * D, ends, hs, channels, D, BD, False, False)
     return h, product
 
 
-@triton.jit(do_not_specialize=["L", "length", "segments"])
+@kernel(do_not_specialize=["L", "length", "segments"])
 def linear_scan_forward(
     x, a, b, c, h0, sequence, y, hn, states, products, totals,
     L, D, length, segments,
@@ -135,35 +148,37 @@ def forward(
     log: bool,
     reverse: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the final state, and with ``save`` the state before every 16th step."""
     batch, l, d = x.shape
-    y = torch.empty((batch, l, d), dtype=x.dtype, device=x.device)
+    y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.
-    if sequence is None:
-        hn = torch.empty((batch, d), dtype=torch.float32, device=x.device)
-    else:
-        hn = h0.to(torch.float32, copy=True)
-    states = torch.empty((batch if save else 0, triton.cdiv(l, ROWS), d), dtype=torch.float32, device=x.device)
+    hn = x.new_empty(batch, d, dtype=torch.float32) if sequence is None else h0.to(torch.float32, copy=True)
+    states = x.new_empty(batch, -(-l // ROWS), d, dtype=torch.float32) if save else None
     if batch * d == 0:
         return y, hn, states
-    x, decay, b, c = (channels_last(t) for t in (x, decay, b, c))
+    x, decay, b, c = channels_last(x), channels_last(decay), channels_last(b), channels_last(c)
     h0 = None if h0 is None else h0.contiguous()
-    strides = [s for t in (x, decay, b, c) for s in ((0, 0) if t is None else t.stride()[:2])]
     config = FORWARD[x.dtype]
-    blocks = triton.cdiv(d, config.BD)
-    length = segment_length(batch * blocks, l)
-    segments = max(triton.cdiv(l, length), 1)
+    blocks, length, segments = plan(batch, l, d, config.BD)
+    integers = (l, d, length, segments, *batch_and_time(x, decay, b, c))
+    constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None
-    flags = {"LOG": log, "REVERSE": reverse, "BD": config.BD, "EVEN": d % config.BD == 0, "STAGES": config.stages}
     if segments > 1:
-        products, totals = torch.empty((2, batch, segments, d), dtype=torch.float32, device=x.device)
+        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
         # Nothing enters after the last segment, so it needs no summary.
-        linear_scan_forward[(blocks, segments - 1, batch)](
-            x, decay, b, None, h0, sequence, None, None, None, products, totals,
-            l, d, length, segments, *strides, SUMMARY=True, num_warps=config.warps, **flags,
-        )  # fmt: skip
-    linear_scan_forward[(blocks, segments, batch)](
-        x, decay, b, c, h0, sequence, y, hn, states if save else None, products, totals,
-        l, d, length, segments, *strides, SUMMARY=False, num_warps=config.warps, **flags,
-    )  # fmt: skip
+        linear_scan_forward.launch(
+            (blocks, segments - 1, batch),
+            (x, decay, b, None, h0, sequence, None, None, None, products, totals),
+            integers,
+            (log, reverse, True, *constants),
+            config.warps,
+        )
+    linear_scan_forward.launch(
+        (blocks, segments, batch),
+        (x, decay, b, c, h0, sequence, y, hn, states, products, totals),
+        integers,
+        (log, reverse, False, *constants),
+        config.warps,
+    )
     return y, hn, states

@@ -1,0 +1,80 @@
+"""Copying: memorise, wait, reproduce."""
+
+import string
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmscan.shapes import error
+from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
+
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+
+
+class Copying(Task):
+    """Data tokens, a wait of noise tokens, then markers at which the data must be reproduced in order.
+
+    Tokens 0 … symbols-1 are data, ``symbols`` is noise, ``symbols + 1`` the marker. An example is ``length`` tokens
+    followed by ``data_tokens`` markers; at the i-th marker the answer is the i-th data token. The answer is never
+    fed back: the model has to keep its place by itself.
+
+    Args:
+        symbols: number of data symbols, 1 to 62 (a letter or digit each when rendered). Default 16.
+        data_tokens: how many to memorise. Default 8.
+        length: tokens before the first marker. Default 64.
+
+    Raises:
+        ValueError: symbols outside 1 … 62, or data_tokens outside 1 … length.
+
+    The task is that of Arjovsky, Shah and Bengio, "Unitary Evolution Recurrent Neural Networks" (2016), section 5.1.
+
+    Example:
+        >>> from ssmscan.tasks import Copying
+        >>> batch = Copying(symbols=4, data_tokens=2, length=5).batch(size=1, seed=0, index=0, split="train")
+        >>> batch.tokens[0, 2:].tolist(), batch.targets[0, :5].tolist()
+        ([4, 4, 4, 5, 5], [-100, -100, -100, -100, -100])
+    """
+
+    name = "copying"
+
+    def __init__(self, symbols: int = 16, data_tokens: int = 8, length: int = 64) -> None:
+        if not 1 <= symbols <= len(_LETTERS):
+            raise ValueError(error(self.name, f"symbols must be 1 to {len(_LETTERS)}", symbols))
+        if not 1 <= data_tokens <= length:
+            raise ValueError(error(self.name, f"data_tokens must be 1 to length = {length}", data_tokens))
+        self.symbols, self.data_tokens, self.length = symbols, data_tokens, length
+        self.noise, self.marker = symbols, symbols + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 2
+
+    def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
+        random = generator(seed, index, split)
+        data = random.integers(self.symbols, size=(size, self.data_tokens))
+        tokens = np.full((size, self.length + self.data_tokens), self.noise)
+        np.put_along_axis(tokens, self._positions(random, size), data, 1)
+        tokens[:, self.length :] = self.marker
+        targets = np.full_like(tokens, IGNORE)
+        targets[:, self.length :] = data
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+
+    def _positions(self, random: np.random.Generator, size: int) -> np.ndarray:
+        """Where the data tokens stand, (size, data_tokens), increasing along each row."""
+        return np.tile(np.arange(self.data_tokens), (size, 1))
+
+    def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
+        """The sequence with noise as dots, the answer, the model's answer, and how many symbols of it are right."""
+        asked = targets != IGNORE
+        answer, given = targets[asked].tolist(), predictions[asked].tolist()
+        right = sum(a == g for a, g in zip(answer, given, strict=True))
+        rows = (
+            ("sequence", "".join(map(self._letter, tokens[~asked].tolist()))),
+            ("answer", " ".join(map(self._letter, answer))),
+            ("model", " ".join(map(self._letter, given)) + f"   {right} of {len(answer)} right"),
+        )
+        return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+    def _letter(self, token: int) -> str:
+        return {self.noise: "·", self.marker: "?"}.get(token) or _LETTERS[token]

@@ -1,0 +1,29 @@
+"""Selective copying: pick the data tokens out of noise, and reproduce them in order."""
+
+import numpy as np
+
+from ssmscan.tasks.copying import Copying
+
+
+class SelectiveCopying(Copying):
+    """:class:`Copying` with the data tokens scattered at random through the noise.
+
+    Where the data stand differs from example to example, so a fixed delay cannot solve it: the model must look at each
+    token to decide whether to store it.
+
+    The arguments are those of :class:`Copying`; the task is that of Gu and Dao, "Mamba: Linear-Time Sequence Modeling
+    with Selective State Spaces" (2023), section 4.1.1.
+
+    Example:
+        >>> from ssmscan.tasks import SelectiveCopying
+        >>> task = SelectiveCopying(symbols=4, data_tokens=2, length=6)
+        >>> batch = task.batch(size=1, seed=0, index=0, split="train")
+        >>> sorted(batch.tokens[0, :6].tolist())[2:]
+        [4, 4, 4, 4]
+    """
+
+    name = "selective_copying"
+
+    def _positions(self, random: np.random.Generator, size: int) -> np.ndarray:
+        order = random.random((size, self.length)).argsort(1)
+        return np.sort(order[:, : self.data_tokens], 1)

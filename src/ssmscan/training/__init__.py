@@ -1,0 +1,6 @@
+"""Training: a run's configuration, and the loop that carries it out."""
+
+from ssmscan.training.config import OptimConfig, TaskConfig, TrainConfig
+from ssmscan.training.loop import Metrics, RunError, UsageError, train
+
+__all__ = ["Metrics", "OptimConfig", "RunError", "TaskConfig", "TrainConfig", "UsageError", "train"]

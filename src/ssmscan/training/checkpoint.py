@@ -1,0 +1,122 @@
+"""Checkpoints that a crash cannot spoil.
+
+``checkpoints/step_00000500`` holds ``model.safetensors``, ``training.pt`` (the optimizer, the random number generators,
+the seconds spent) and ``manifest.json``, the SHA-256 of each. They are written to a temporary folder and synced, the
+manifest last, then the folder is renamed. A folder whose files do not match its manifest is not used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+_FILES = ("model.safetensors", "training.pt")
+_MANIFEST = "manifest.json"
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, seconds: float, keep: int) -> None:
+    """Write the checkpoint of ``step`` under ``root``, and remove all but the ``keep`` newest."""
+    root.mkdir(parents=True, exist_ok=True)
+    temporary, final = root / f"unfinished_{step:08d}", root / f"step_{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        save_file(model.state_dict(), temporary / "model.safetensors")
+        training = {"optimizer": optimizer.state_dict(), "random": _random_state(), "seconds": seconds}
+        torch.save(training, temporary / "training.pt")
+        _write_manifest(temporary, step)
+        # A broken checkpoint of the same step may be in the way.
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _checkpoints(root, up_to=step)[keep:]:
+        shutil.rmtree(old)
+
+
+def load(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Restore the newest complete checkpoint under ``root``, random numbers included; its step and seconds.
+
+    Warns of each broken one that it passes over. Without any, nothing is restored and the step is 0.
+    """
+    for folder in _checkpoints(root):
+        fault = _fault(folder)
+        if fault is not None:
+            warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=2)
+            continue
+        training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state_dict(training["optimizer"])
+        _set_random_state(training["random"])
+        return _step(folder), training["seconds"]
+    return 0, 0.0
+
+
+def _checkpoints(root: Path, up_to: int | None = None) -> list[Path]:
+    """The checkpoint folders under ``root``, newest first."""
+    found = [path for path in root.glob("step_*") if _STEP.fullmatch(path.name)]
+    return sorted((path for path in found if up_to is None or _step(path) <= up_to), key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    hashes = {}
+    for name in _FILES:
+        hashes[name] = _sha256(folder / name)
+        _sync(folder / name)
+    (folder / _MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
+    _sync(folder / _MANIFEST)
+    _sync(folder)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None when every file matches the manifest."""
+    try:
+        hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        for name in _FILES:
+            if _sha256(folder / name) != hashes[name]:
+                return f"{name} does not match its SHA-256"
+    except FileNotFoundError as missing:
+        return f"{Path(missing.filename).name} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{_MANIFEST} is not readable"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and syncs its entries by itself.
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for device, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator, device)

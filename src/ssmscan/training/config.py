@@ -1,0 +1,129 @@
+"""Everything that a run can be told, typed, checked, and written down beside its results."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ssmscan.models import LanguageModelConfig
+from ssmscan.shapes import error
+from ssmscan.tasks import Copying, SelectiveCopying, Task
+
+TASKS: dict[str, type[Copying]] = {task.name: task for task in (Copying, SelectiveCopying)}
+
+
+def _require(holds: bool, section: str, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(error(section, rule, got))
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learned.
+
+    Args:
+        name: the task.
+        symbols: number of data symbols.
+        data_tokens: how many of them an example holds (tokens).
+        length: what comes before the answer (tokens).
+    """
+
+    name: Literal["copying", "selective_copying"] = "selective_copying"
+    symbols: int = 16
+    data_tokens: int = 8
+    length: int = 64
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Task:
+        return TASKS[self.name](self.symbols, self.data_tokens, self.length)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a linear warmup and a cosine decay.
+
+    Args:
+        lr: peak learning rate.
+        min_lr: learning rate at the last step, where the cosine ends.
+        warmup: linear warmup (steps).
+        weight_decay: decoupled weight decay of the matrices; biases, norms and embeddings have none.
+        betas: decay of Adam's first and second moments (per step).
+        clip: largest norm of the gradient; a longer one is scaled down.
+    """
+
+    lr: float = 2e-3
+    min_lr: float = 1e-5
+    warmup: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, "optim", "lr must be positive and finite", self.lr)
+        _require(0 <= self.min_lr <= self.lr, "optim", f"min_lr must be 0 to lr = {self.lr}", self.min_lr)
+        _require(self.warmup >= 0, "optim", "warmup must be at least 0", self.warmup)
+        _require(0 <= self.weight_decay < math.inf, "optim", "weight_decay must be at least 0", self.weight_decay)
+        _require(all(0 <= beta < 1 for beta in self.betas), "optim", "betas must be in [0, 1)", self.betas)
+        _require(self.clip > 0, "optim", "clip must be positive", self.clip)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        out: folder for everything that the run leaves.
+        overwrite: replace a run that is already in that folder.
+        steps: length of the run (steps).
+        batch_size: examples in a batch (examples).
+        seed: of the weights and of the data.
+        target_accuracy: stop once an evaluation reaches it, and fail if none does (fraction of the answer tokens);
+            null runs all steps.
+        eval_every: between two evaluations (steps).
+        eval_examples: in an evaluation, always fresh ones (examples).
+        log_every: between two lines of the log (steps).
+        save_every: between two checkpoints (steps).
+        keep: how many checkpoints stay (checkpoints).
+        device: where to run; auto is CUDA when there is a device.
+        precision: of the matrix products; auto is bfloat16 autocast on a CUDA device that has it, float32 elsewhere.
+        task: what is learned.
+        model: its shape.
+        optim: the optimizer and its schedule.
+    """
+
+    out: str = "runs/train"
+    overwrite: bool = False
+    steps: int = 2000
+    batch_size: int = 64
+    seed: int = 0
+    target_accuracy: float | None = None
+    eval_every: int = 100
+    eval_examples: int = 1024
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.out != "", "train", "out must name a folder", repr(self.out))
+        for name in ("steps", "batch_size", "eval_every", "eval_examples", "log_every", "save_every", "keep"):
+            _require(getattr(self, name) >= 1, "train", f"{name} must be at least 1", getattr(self, name))
+        _require(0 <= self.seed < 2**63, "train", "seed must be 0 to 2^63 - 1", self.seed)
+        if self.target_accuracy is not None:
+            _require(0 < self.target_accuracy <= 1, "train", "target_accuracy must be in (0, 1]", self.target_accuracy)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write ``config`` as a YAML file that ``ssmscan train --config`` reads back."""
+    import yaml
+
+    # Through JSON, which turns tuples into the lists that YAML knows.
+    plain = json.loads(json.dumps(asdict(config)))
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,149 @@
+"""What a run tells: a progress bar, log.jsonl, TensorBoard, a plot."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ssmscan.training.config import TrainConfig
+
+
+class Report:
+    """The live side of a run, from ``step`` on; a context manager that closes what it opened.
+
+    ``log.jsonl`` gets one JSON object a line: ``{"split": "train", "step", "loss", "lr", "grad_norm",
+    "tokens_per_second", "seconds"}`` or ``{"split": "eval", "step", "loss", "accuracy", "seconds"}``. Lines after
+    ``step``, which a killed run had written, are dropped.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "log.jsonl"
+        self.lines = read_log(self.path, step)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._log = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            # Where no one watches, as in a CI log, the lines of the evaluations are all there is.
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=config.steps, completed=step, loss="–", accuracy="–", speed="–")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._board.close()
+        self._log.close()
+
+    def advance(self, step: int) -> None:
+        self._bar.update(self._task, completed=step)
+
+    def training(self, step: int, **values: float) -> None:
+        self._write("train", step, values)
+        self._bar.update(self._task, loss=f"{values['loss']:.3f}", speed=_short(values["tokens_per_second"]))
+
+    def evaluation(self, step: int, loss: float, accuracy: float, seconds: float) -> None:
+        self._write("eval", step, {"loss": loss, "accuracy": accuracy, "seconds": seconds})
+        self._bar.update(self._task, accuracy=f"{accuracy:.3f}")
+        speed = next((line["tokens_per_second"] for line in reversed(self.lines) if line["split"] == "train"), 0.0)
+        self.console.print(
+            f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}   {_short(speed)} tokens/s   {seconds:.0f} s"
+        )
+
+    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+        line = {"split": split, "step": step, **values}
+        self.lines.append(line)
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+
+def read_log(path: Path, last: int) -> list[dict[str, Any]]:
+    """The complete lines of a log up to the step ``last``; none when there is no log."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # A killed run may leave half a line.
+        if line["step"] <= last:
+            lines.append(line)
+    return lines
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float | None) -> None:
+    """Draw loss and accuracy over the steps, from the lines of a log, as a PNG."""
+    from matplotlib.figure import Figure
+
+    train = [line for line in lines if line["split"] == "train"]
+    evals = [line for line in lines if line["split"] == "eval"]
+    blue, orange, grey = "#3a6ea5", "#d1702c", "#8a8a8a"
+    figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    left, right = figure.subplots(1, 2)
+
+    left.plot(*_columns(train, "loss"), color=blue, alpha=0.45, linewidth=1, label="training batch")
+    left.plot(*_columns(evals, "loss"), color=orange, marker="o", markersize=3.5, label="fresh data")
+    left.set(title="loss (nats per answer token)", xlabel="step", yscale="log")
+    left.legend(frameon=False)
+
+    right.plot(*_columns(evals, "accuracy"), color=orange, marker="o", markersize=3.5, label="fresh data")
+    if target is not None:
+        right.axhline(target, color=grey, linestyle="--", linewidth=1, label=f"target {target:g}")
+    if evals:
+        final = evals[-1]
+        right.annotate(
+            f"{final['accuracy']:.4f}",
+            (final["step"], final["accuracy"]),
+            xytext=(-6, -14),
+            textcoords="offset points",
+            ha="right",
+            color=orange,
+        )
+    right.set(title="accuracy (fraction of answer tokens)", xlabel="step", ylim=(0, 1.04))
+    right.legend(frameon=False, loc="lower right")
+
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+    temporary = path.with_name("unfinished_" + path.name)
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+
+
+def _columns(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

@@ -1,0 +1,230 @@
+"""What an operation refuses: the type of the error, its text, and arguments that stay as they were."""
+
+import re
+
+import pytest
+import torch
+
+from ssmscan import backend as available
+from ssmscan.testing import Setting, assert_same_bits
+
+FIRST = pytest.mark.grid(first=True, backends=("reference",))
+PACKED = pytest.mark.grid(first=True, backends=("reference",), needs=("cu_seqlens",))
+LENGTHS = (3, 0, 5)
+
+
+def _refuses(function, call, error, *parts, **changes):
+    """``function`` with ``changes`` raises ``error``, whose text names it and ``parts`` and ends as a sentence."""
+    arguments = {**call.tensors, **call.keywords, **changes}
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type != "meta"}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert type(caught.value) is error
+    text = str(caught.value)
+    assert text.startswith(f"{function.__name__}: ")
+    assert re.search(r", got .+\.$", text), text
+    for part in parts:
+        assert part in text, f"{part!r} is not in {text!r}"
+    assert_same_bits(tensors, before)
+
+
+def _good(case, option, size, **wanted):
+    setting = Setting("good", h0=case.has(option, "h0"), **wanted)
+    return case.call(option, size, setting).cast(torch.float32)
+
+
+def _packed(case, option, size):
+    return _good(case, option, size, lengths=LENGTHS)
+
+
+@FIRST
+def test_a_good_call_is_accepted(case, option, size):
+    """All that follows changes one thing in it."""
+    case.op(**_good(case, option, size).tensors, **option.keywords)
+    if case.has(option, "cu_seqlens"):
+        call = _packed(case, option, size)
+        case.op(**call.tensors, **call.keywords)
+
+
+@pytest.mark.grid(backends=("reference",))
+def test_dtype(case, option, size):
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            if dtype is torch.complex64 and tensor.is_complex():
+                continue
+            _refuses(case.op, call, TypeError, f"{name} must be", str(dtype), **{name: tensor.to(dtype)})
+
+
+@pytest.mark.grid(backends=("reference",))
+def test_no_tensor(case, option, size):
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        for value in (tensor.numpy(), tensor.tolist(), 1.0):
+            _refuses(case.op, call, TypeError, f"{name} must be a torch.Tensor", type(value).__name__, **{name: value})
+
+
+@pytest.mark.grid(backends=("reference",))
+def test_device(case, option, size):
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        _refuses(case.op, call, ValueError, "must be on the device of", "meta", "cpu", **{name: tensor.to("meta")})
+
+
+@pytest.mark.grid(backends=("reference",))
+def test_rank(case, option, size):
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        for wrong in (tensor[None], tensor[..., 0]):
+            _refuses(case.op, call, ValueError, " must ", **{name: wrong})
+
+
+@pytest.mark.grid(backends=("reference",))
+def test_shape(case, option, size):
+    """No axis is broadcast, and none is cut to fit."""
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        # The further axes of an argument that holds for all time may have other lengths, as the width of a kernel.
+        axes = range(tensor.dim()) if name in case.sequence or name == "h0" else range(1)
+        for axis in axes if name != "x" else ():
+            for wrong in (tensor.narrow(axis, 0, 1), torch.cat([tensor, tensor], axis)):
+                _refuses(case.op, call, ValueError, " must ", **{name: wrong})
+
+
+@pytest.mark.grid(first=True, backends=("reference",), needs=("h0",))
+def test_initial_state(case, option, size):
+    call = _good(case, option, size)
+    h0 = call.tensors["h0"]
+    _refuses(case.op, call, ValueError, "h0 must have shape", str(tuple(h0[1:].shape)), h0=h0[1:])
+    if case.has(option, "cu_seqlens"):
+        packed = _packed(case, option, size)
+        _refuses(case.op, packed, ValueError, "h0 must have shape", str((1, *h0.shape[1:])), h0=h0[:1])
+
+
+@PACKED
+@pytest.mark.parametrize(
+    ("bounds", "parts"),
+    [
+        ([1, 3, 8], ("start at 0", "1 … 8")),
+        ([0, 3, 7], ("end at the length 8", "0 … 7")),
+        ([0, 3, 9], ("end at the length 8", "0 … 9")),
+        ([0, 5, 3, 8], ("not decrease", "5 then 3")),
+        ([0, -1, 8], ("not decrease", "0 then -1")),
+        ([0, 9, 8], ("not decrease", "9 then 8")),
+    ],
+    ids=str,
+)
+def test_bounds(case, option, size, bounds, parts):
+    call = _packed(case, option, size)
+    _refuses(case.op, call, ValueError, "cu_seqlens must", *parts, cu_seqlens=torch.tensor(bounds))
+
+
+@PACKED
+def test_bounds_of_another_kind(case, option, size):
+    call = _packed(case, option, size)
+    bounds = call.keywords["cu_seqlens"]
+    _refuses(case.op, call, TypeError, "cu_seqlens must be a torch.Tensor", "list", cu_seqlens=bounds.tolist())
+    _refuses(case.op, call, TypeError, "cu_seqlens must be a torch.Tensor", "ndarray", cu_seqlens=bounds.numpy())
+    for dtype in (torch.float32, torch.int16, torch.bool):
+        _refuses(case.op, call, TypeError, "int32 or int64", str(dtype), cu_seqlens=bounds.to(dtype))
+    _refuses(case.op, call, ValueError, "(s+1,)", "(1, 4)", cu_seqlens=bounds[None])
+    _refuses(case.op, call, ValueError, "(s+1,)", "()", cu_seqlens=bounds[0])
+    _refuses(case.op, call, ValueError, "(s+1,)", "(0,)", cu_seqlens=bounds[:0])
+    _refuses(case.op, call, ValueError, "on the device of x", "meta", cu_seqlens=bounds.to("meta"))
+
+
+@PACKED
+def test_packed_batch(case, option, size):
+    call = _packed(case, option, size).each(lambda tensor: torch.cat([tensor, tensor]))
+    _refuses(case.op, call, ValueError, "batch 1 with cu_seqlens", "got 2")
+
+
+@FIRST
+def test_unknown_backend(case, option, size):
+    call = _good(case, option, size)
+    for name in ("cuda", "Triton", "", None):
+        _refuses(
+            case.op, call, ValueError, "backend must be one of auto, ", *available.BACKENDS, repr(name), backend=name
+        )
+
+
+@FIRST
+def test_backend_that_is_not_installed(case, option, size, monkeypatch):
+    """Named, it is an error, never another one in its place; "auto" takes what is there."""
+    monkeypatch.setattr(available, "TRITON", False)
+    monkeypatch.setattr(available, "NUMBA", False)
+    call = _good(case, option, size)
+    for name, package in (("triton", "triton"), ("cpu", "numba")):
+        if name in case.backends:
+            parts = (f'backend="{name}" needs the package {package}', "none installed")
+            _refuses_backend(case, call, name, *parts)
+    assert_same_bits(call.run("auto"), call.run("torch"))
+
+
+@FIRST
+def test_backend_on_another_device(case, option, size, monkeypatch):
+    monkeypatch.setattr(available, "INTERPRET", False)
+    monkeypatch.setattr(available, "TRITON", True)
+    monkeypatch.setattr(available, "NUMBA", True)
+    call = _good(case, option, size)
+    _refuses_backend(case, call, "triton", "needs a CUDA tensor", "got cpu")
+    if "cpu" in case.backends:
+        meta = call.each(lambda tensor: tensor.to("meta"), tuple(call.tensors))
+        _refuses_backend(case, meta, "cpu", "needs a CPU tensor", "got meta")
+
+
+@FIRST
+def test_float64_on_triton(case, option, size, monkeypatch):
+    monkeypatch.setattr(available, "INTERPRET", True)
+    monkeypatch.setattr(available, "TRITON", True)
+    call = _good(case, option, size).cast(torch.float64)
+    _refuses_backend(case, call, "triton", "needs float32, bfloat16 or float16", "got torch.float64")
+
+
+def _refuses_backend(case, call, name, *parts):
+    with pytest.raises(RuntimeError) as caught:
+        call.run(name)
+    assert type(caught.value) is RuntimeError
+    text = str(caught.value)
+    assert text.startswith(f'{case.name}: backend="{name}" needs ')
+    assert text.endswith('. Use backend="auto".')
+    assert all(part in text for part in parts), text
+
+
+def test_own_refusals(refusal):
+    case, rule = refusal
+    call = _good(case, case.options[0], case.sizes[0])
+    arguments = {**call.tensors, **call.keywords}
+    rule.change(arguments)
+    with pytest.raises(rule.error, match=rf"^{case.name}: .*{re.escape(rule.argument)}.*, got .+\.$") as caught:
+        case.op(**arguments)
+    assert type(caught.value) is rule.error
+
+
+@pytest.mark.grid(first=True, needs=("step",), backends=("reference",))
+def test_step(case, option, size):
+    """The state of a step is overwritten, so it must have the very shape and dtype."""
+    call = _good(case, option, size).each(lambda tensor: tensor[:, 0])
+    call = call.replace(h=call.tensors["h0"])
+    tensors = {name: tensor for name, tensor in call.tensors.items() if name != "h0"}
+    h = tensors["h"]
+
+    def refuses(error, *parts, **changes):
+        arguments = {**tensors, **option.keywords, **changes}
+        before = h.clone()
+        with pytest.raises(error) as caught:
+            case.step(**arguments)
+        text = str(caught.value)
+        assert text.startswith(f"{case.step.__name__}: ")
+        assert all(part in text for part in parts), text
+        assert torch.equal(h, before)
+
+    refuses(ValueError, "h must have shape", h=h[1:])
+    refuses(ValueError, "h must have shape", h=h[:1])
+    for dtype in (torch.bfloat16, torch.float16):
+        refuses(TypeError, "h must be torch.float32", str(dtype), h=h.to(dtype))
+    refuses(TypeError, "h must be", h=h.long())
+    refuses(ValueError, "must be on the device of", h=h.to("meta"))
+    refuses(ValueError, "must have shape", x=tensors["x"][None])
+    refuses(TypeError, "x must be", x=tensors["x"].long())
