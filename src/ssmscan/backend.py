@@ -2,7 +2,7 @@
 
 | backend | runs on | dtypes |
 |---|---|---|
-| triton | CUDA; the CPU too when ``TRITON_INTERPRET=1`` (how the kernels are tested without a GPU) | float32, bfloat16, float16 |
+| triton | CUDA; with ``TRITON_INTERPRET=1`` the CPU too, for tests | float32, bfloat16, float16 |
 | cpu | the CPU, compiled by Numba | all |
 | torch | every device | all |
 | reference | every device; a plain loop over time, for checking | all |

@@ -1,15 +1,20 @@
 """Every test here runs for every operation: the names of its arguments say over what.
 
-`case`, `option`, `backend`, `device`, `dtype`, `setting`, `size`, `extreme` and `refusal` are filled from
-``ssmscan.ops.cases``.
-A test that takes `device` runs on the CPU and, marked `gpu`, again on a CUDA device with Triton.
+`case`, `option`, `backend`, `device`, `dtype`, `setting`, `size`, `reverse`, `packed`, `extreme` and `refusal` are
+filled from ``ssmscan.ops.cases``. A test that takes `device` runs on the CPU and, marked `gpu`, again on a CUDA device
+with Triton.
 
 The mark `grid` changes the choice: ``needs`` names features that the operation must have, ``first`` takes the first
-option only, ``every_size`` takes more than the first size, and ``backends``, ``dtypes`` and ``settings`` replace what
-would be tried.
+option only, ``every_size`` takes more than the first size, ``cuda_only`` leaves out the CPU, and ``backends``,
+``dtypes`` and ``settings`` replace what would be tried.
+
+Triton's interpreter is slow. Of its rows only some are not marked `slow`: of the first option those in which each value
+of an argument occurs, or with ``pairs=True``, of all options, those in which each pair of values occurs.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -19,17 +24,19 @@ from ssmscan import backend as available
 from ssmscan.ops.cases import CASES
 from ssmscan.testing import PLAIN, OpCase, Option, Setting, Size
 
-AXES = ("case", "option", "backend", "device", "dtype", "setting", "size", "extreme")
+AXES = ("case", "option", "backend", "device", "dtype", "setting", "size", "reverse", "packed", "extreme")
+Row = dict[str, Any]
 
 # Sequences of no token, of one, and around the number of steps between two saved states.
 LENGTHS = (0, 1, 15, 16, 17, 0, 3)
+PACKED_REVERSE = Setting("packed reverse", h0=True, reverse=True, lengths=LENGTHS)
 SETTINGS = (
     PLAIN,
     Setting("h0", h0=True),
     Setting("reverse", h0=True, reverse=True),
     Setting("packed", lengths=LENGTHS),
     Setting("packed h0", h0=True, lengths=LENGTHS),
-    Setting("packed reverse", h0=True, reverse=True, lengths=LENGTHS),
+    PACKED_REVERSE,
 )
 
 # A failing example names its case, where Hypothesis would write out all of its fields.
@@ -38,9 +45,7 @@ for kind in (OpCase, Option):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "grid(needs, first, every_size, backends, dtypes, settings): what a test runs over"
-    )
+    config.addinivalue_line("markers", "grid(needs, first, every_size, ...): what a test of every operation runs over")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -51,16 +56,46 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     marker = metafunc.definition.get_closest_marker("grid")
     names = [name for name in AXES if name in metafunc.fixturenames]
-    rows: dict[str, tuple[dict[str, Any], bool]] = {}
-    for row, gpu in _rows(set(names), **(marker.kwargs if marker else {})):
-        rows["-".join(_label(row[name]) for name in names)] = (row, gpu)
+    wanted = dict(marker.kwargs) if marker else {}
+    pairs = wanted.pop("pairs", False)
+    # One row for each combination of what the test takes.
+    rows = {tuple(_label(name, row[name]) for name in names): row for row in _rows(set(names), **wanted)}
+    quick = {
+        labels
+        for case in CASES
+        for labels in _cover([ls for ls, row in rows.items() if row["case"] is case and _is_quick(row, pairs)], pairs)
+    }
     metafunc.parametrize(
         names,
         [
-            pytest.param(*(row[name] for name in names), id=label, marks=[pytest.mark.gpu] if gpu else [])
-            for label, (row, gpu) in rows.items()
+            pytest.param(*(row[name] for name in names), id="-".join(labels), marks=_marks(row, labels in quick))
+            for labels, row in rows.items()
         ],
     )
+
+
+def _is_interpreted(row: Row) -> bool:
+    return row["backend"] == "triton" and row["device"] == "cpu"
+
+
+def _is_quick(row: Row, pairs: bool) -> bool:
+    return _is_interpreted(row) and (pairs or row["option"] is row["case"].options[0])
+
+
+def _marks(row: Row, quick: bool) -> list[pytest.MarkDecorator]:
+    if row["device"] == "cuda":
+        return [pytest.mark.gpu]
+    return [pytest.mark.slow] if _is_interpreted(row) and not quick else []
+
+
+def _cover(rows: list[tuple[str, ...]], pairs: bool) -> Iterator[tuple[str, ...]]:
+    """A few rows in which every value (or pair of values) of ``rows`` occurs: the one with most new ones next."""
+    parts = {row: set(combinations(enumerate(row), 2 if pairs else 1)) for row in rows}
+    missing = set().union(*parts.values())
+    while missing:
+        best = max(rows, key=lambda row: len(parts[row] & missing))
+        missing -= parts[best]
+        yield best
 
 
 def _rows(
@@ -68,29 +103,32 @@ def _rows(
     needs: tuple[Any, ...] = (),
     first: bool = False,
     every_size: bool = False,
+    cuda_only: bool = False,
     backends: tuple[str, ...] | None = None,
     dtypes: tuple[torch.dtype, ...] | None = None,
     settings: tuple[Setting, ...] = SETTINGS,
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """What a test that takes ``names`` runs over, and whether that needs a GPU."""
+) -> Iterator[Row]:
+    """What a test that takes ``names`` runs over, with repetitions where it takes less than all."""
     for case in CASES:
         for option in case.options[:1] if first else case.options:
             if not case.has(option, *needs):
                 continue
-            for backend, device in _places(case, backends, "device" in names):
-                gpu = device == "cuda"
+            for backend, device in _places(case, backends, not cuda_only, "device" in names):
                 row = {"case": case, "option": option, "backend": backend, "device": device}
                 for dtype in dtypes or _dtypes(backend):
-                    for setting, size in _runs(case, option, settings, every_size, gpu):
+                    for setting, size in _runs(case, option, settings, every_size, device):
+                        row |= {"dtype": dtype, "setting": setting, "size": size}
                         for extreme in case.extremes if "extreme" in names else (None,):
-                            yield row | {"dtype": dtype, "setting": setting, "size": size, "extreme": extreme}, gpu
+                            for reverse in (False, True) if case.has(option, "reverse") else (False,):
+                                for packed in (False, True) if case.has(option, "cu_seqlens") else (False,):
+                                    yield row | {"extreme": extreme, "reverse": reverse, "packed": packed}
 
 
-def _places(case: OpCase, backends: tuple[str, ...] | None, cuda: bool) -> Iterator[tuple[str, str]]:
-    """Backends and devices. Those of the CPU are left out where they cannot run, which `auto` does as well."""
+def _places(case: OpCase, backends: tuple[str, ...] | None, cpu: bool, cuda: bool) -> Iterator[tuple[str, str]]:
+    """Backends and devices. Those that cannot run on this CPU are left out, as "auto" does."""
     wanted = case.backends if backends is None else backends
     for backend in wanted:
-        if available.why_not(backend, "cpu", torch.float32) is None:
+        if cpu and available.why_not(backend, "cpu", torch.float32) is None:
             yield backend, "cpu"
     if cuda and "triton" in wanted:
         yield "triton", "cuda"
@@ -102,25 +140,23 @@ def _dtypes(backend: str) -> tuple[torch.dtype, ...]:
 
 
 def _runs(
-    case: OpCase, option: Option, settings: tuple[Setting, ...], every_size: bool, gpu: bool
+    case: OpCase, option: Option, settings: tuple[Setting, ...], every_size: bool, device: str
 ) -> Iterator[tuple[Setting, Size]]:
-    """Each setting at the first size, the plain one at every size."""
-    sizes = case.large if gpu else case.sizes
+    """Each setting at the first size; with ``every_size`` the plain one at all, and packed sequences of long ones."""
+    sizes = case.large if device == "cuda" else case.sizes
     for setting in settings:
-        if case.has(option, *setting.needs):
-            for size in sizes if every_size and setting is PLAIN else sizes[:1]:
+        if not case.has(option, *setting.needs):
+            continue
+        for size in sizes[:1] if not every_size else sizes:
+            if setting is PLAIN or size is sizes[0]:
                 yield setting, size
+            elif setting is PACKED_REVERSE and size["l"] > 2 * sum(LENGTHS):
+                yield replace(setting, lengths=(*LENGTHS, size["l"] - sum(LENGTHS))), size
 
 
-def _label(value: object) -> str:
+def _label(axis: str, value: object) -> str:
+    if isinstance(value, bool):
+        return axis if value else f"not_{axis}"
     if isinstance(value, dict):
         return "".join(f"{axis}{length}" for axis, length in value.items())
     return str(getattr(value, "name", value)).removeprefix("torch.").replace(", ", "+").replace(" ", "_")
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that is not written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)

@@ -40,7 +40,7 @@ def test_second_derivative_is_refused(case, option, backend, device, size):
         dx.sum().backward()
 
 
-@pytest.mark.grid(settings=(PLAIN, *SETTINGS[1:]))
+@pytest.mark.grid(settings=SETTINGS[1:])
 def test_one_gradient_at_a_time(case, option, backend, device, setting, size):
     """Each argument alone, and each output alone, which leaves the other's incoming gradient undefined."""
     call = case.call(option, size, setting).cast(widest(backend), device)

@@ -77,11 +77,9 @@ def test_guard_bands(case, option, backend, device, dtype, setting, size):
     assert_same_bits(values, expected)
 
 
-@pytest.mark.grid(first=True)
+@pytest.mark.grid(first=True, backends=("cpu", "triton"))
 def test_the_fused_backends_allocate_under_guard(case, option, backend, device, size):
     """Else the test above would watch the inputs alone."""
-    if backend == "torch":
-        pytest.skip("allocates inside of PyTorch's own operators")
     call = case.call(option, size).cast(torch.float32, device)
     guards = _Guards()
     with guards.allocations():

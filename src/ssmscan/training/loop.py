@@ -89,7 +89,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 
     with Report(folder, config, step) as report:
         began = time.perf_counter() - seconds
-        evaluated, busy, seen = -1, 0.0, 0
+        last = report.newest("eval")
+        busy, seen = 0.0, 0
         while step < config.steps:
             started = time.perf_counter()
             tokens, targets = task.batch(config.batch_size, config.seed, step, "train").to(device)
@@ -123,22 +124,21 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                 )
                 busy, seen = 0.0, 0
             if step % config.eval_every == 0:
-                mean_loss, fraction = evaluate(model, task, config, step, device)
-                report.evaluation(step, mean_loss, fraction, time.perf_counter() - began)
-                evaluated = step
-                if config.target_accuracy is not None and fraction >= config.target_accuracy:
+                last = report.evaluation(
+                    step, *evaluate(model, task, config, step, device), time.perf_counter() - began
+                )
+                if config.target_accuracy is not None and last["accuracy"] >= config.target_accuracy:
                     break
             if step % config.save_every == 0:
                 checkpoint.save(
                     folder / "checkpoints", step, model, optimizer, time.perf_counter() - began, config.keep
                 )
 
-        if evaluated != step:
-            mean_loss, fraction = evaluate(model, task, config, step, device)
-            report.evaluation(step, mean_loss, fraction, time.perf_counter() - began)
+        if last is None or last["step"] != step:
+            last = report.evaluation(step, *evaluate(model, task, config, step, device), time.perf_counter() - began)
         metrics = Metrics(
-            accuracy=fraction,
-            loss=mean_loss,
+            accuracy=last["accuracy"],
+            loss=last["loss"],
             steps=step,
             seconds=time.perf_counter() - began,
             target_accuracy=config.target_accuracy,
@@ -207,7 +207,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
                     "train",
                     "out must be a new folder",
                     f"{folder}, which holds a run",
-                    f"Continue it with --resume {folder}, or replace it with --overwrite true.",
+                    f"Replace it with --overwrite true, or continue an unfinished one with --resume {folder}.",
                 )
             )
         for name in RUN_FILES:

@@ -54,27 +54,35 @@ class Report:
         self._log.close()
 
     def advance(self, step: int) -> None:
+        """Move the bar."""
         self._bar.update(self._task, completed=step)
 
     def training(self, step: int, **values: float) -> None:
+        """Log a training step: its loss, lr, grad_norm, tokens_per_second and seconds."""
         self._write("train", step, values)
         self._bar.update(self._task, loss=f"{values['loss']:.3f}", speed=_short(values["tokens_per_second"]))
 
-    def evaluation(self, step: int, loss: float, accuracy: float, seconds: float) -> None:
-        self._write("eval", step, {"loss": loss, "accuracy": accuracy, "seconds": seconds})
+    def evaluation(self, step: int, loss: float, accuracy: float, seconds: float) -> dict[str, Any]:
+        """Log an evaluation, and return its line."""
+        line = self._write("eval", step, {"loss": loss, "accuracy": accuracy, "seconds": seconds})
         self._bar.update(self._task, accuracy=f"{accuracy:.3f}")
-        speed = next((line["tokens_per_second"] for line in reversed(self.lines) if line["split"] == "train"), 0.0)
-        self.console.print(
-            f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}   {_short(speed)} tokens/s   {seconds:.0f} s"
-        )
+        trained = self.newest("train")
+        speed = "" if trained is None else f"   {_short(trained['tokens_per_second'])} tokens/s"
+        self.console.print(f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}{speed}   {seconds:.0f} s")
+        return line
 
-    def _write(self, split: str, step: int, values: dict[str, float]) -> None:
+    def newest(self, split: str) -> dict[str, Any] | None:
+        """The newest line of the log of ``split``."""
+        return next((line for line in reversed(self.lines) if line["split"] == split), None)
+
+    def _write(self, split: str, step: int, values: dict[str, float]) -> dict[str, Any]:
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
         self._log.write(json.dumps(line) + "\n")
         self._log.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
+        return line
 
 
 def read_log(path: Path, last: int) -> list[dict[str, Any]]:

@@ -28,24 +28,33 @@ class Kernel:
         warps: int,
     ) -> None:
         """Run on the device of the first tensor; the function takes tensors, integers and constants in this order."""
-        arguments = (*tensors, *integers, *constants)
-        device = tensors[0].device  # type: ignore[union-attr]
+        device = tensors[0].device
         if device.type != "cuda":
-            self.function[grid](*arguments, num_warps=warps)
+            self.function[grid](*tensors, *integers, *constants, num_warps=warps)
             return
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        index = device.index
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
                 self.launch(grid, tensors, integers, constants, warps)
             return
-        # Triton specialises on a pointer's alignment, and on integers that are 1, divisible by 16, or wider than 32 bits.
-        pointers = tuple([t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
-        kinds = tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (v >= 1 << 31) for v in integers])
-        key = (device.index, pointers, kinds, constants, warps)
+        # Triton specialises on the alignment of pointers, and on integers that are 1, divisible by 16, or over 32 bits.
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        key = (
+            index,
+            tuple([p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)]),  # noqa: B905
+            tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (v >= 1 << 31) for v in integers]),
+            constants,
+            warps,
+        )
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.function[grid](*arguments, num_warps=warps)
+            self.compiled[key] = self.function[grid](*tensors, *integers, *constants, num_warps=warps)
         else:
-            compiled[grid](*arguments)
+            stream = torch._C._cuda_getCurrentRawStream(index)
+            compiled.run(
+                *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *pointers, *integers, *constants,
+            )  # fmt: skip
 
 
 def kernel(do_not_specialize: list[str]) -> Callable[[Callable], Kernel]:

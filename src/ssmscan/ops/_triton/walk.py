@@ -8,7 +8,7 @@ With too few walkers to fill the device the sequence is cut into segments. A fir
 h -> P·h + S, and each walker composes the summaries of the segments before its own, always in the same order.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import triton
 import triton.language as tl
@@ -16,10 +16,12 @@ from torch import Tensor
 
 # Steps in a tile, and between two states that a forward keeps for its backward.
 ROWS = 16
-# Programs wanted on the device: two for each multiprocessor of a Hopper GPU.
-PROGRAMS = 264
+# Programs that keep a Hopper GPU busy: four for each multiprocessor, twice that when the segments are so short that
+# waiting for the first tiles counts.
+PROGRAMS = 528
+SHORT_SEGMENT = 1024
 # A shorter segment is not worth its summary.
-SHORTEST_SEGMENT = 128
+SHORTEST_SEGMENT = 64
 
 
 class Plan(NamedTuple):
@@ -33,7 +35,9 @@ class Plan(NamedTuple):
 def plan(batch: int, l: int, d: int, BD: int) -> Plan:
     """Segments long enough to be worth their summary, and enough of them to fill the device."""
     blocks = -(-d // BD)
-    wanted = max(min(PROGRAMS // (batch * blocks), l // SHORTEST_SEGMENT), 1)
+    wanted = max(PROGRAMS // (batch * blocks), 1)
+    if wanted > 1 and l < wanted * SHORT_SEGMENT:
+        wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
     length = max(-(-l // (wanted * ROWS)), 1) * ROWS
     return Plan(blocks, length, max(-(-l // length), 1))
 
@@ -43,6 +47,10 @@ def batch_and_time(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple([s for t in tensors for s in ((0, 0) if t is None else t.stride()[:2])])
 
 
+@overload
+def channels_last(tensor: Tensor) -> Tensor: ...
+@overload
+def channels_last(tensor: Tensor | None) -> Tensor | None: ...
 def channels_last(tensor: Tensor | None) -> Tensor | None:
     """The tensor with adjacent channels, copied where they are not: a tile is loaded in vectors along them."""
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

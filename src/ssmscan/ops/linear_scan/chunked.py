@@ -52,7 +52,7 @@ def _directed(a: Tensor, u: Tensor, start: Tensor | None, h: Tensor, reverse: bo
 
 def _scan(a: Tensor, u: Tensor, start: Tensor | None, h: Tensor) -> Tensor:
     """All states (b, l, d) of h = a·h + u, where a token with ``start`` forgets what came before it."""
-    batch, l, d = u.shape
+    l = u.shape[1]
     n = (l + CHUNK - 1) // CHUNK
     pad = n * CHUNK - l
     a, u = (F.pad(v, (0, 0, 0, pad)).unflatten(1, (n, CHUNK)) for v in (a, u))

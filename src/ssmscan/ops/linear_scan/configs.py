@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 
 class Config(NamedTuple):
     BD: int  # channels of a program: 32 · warps, so that a thread holds one
@@ -11,13 +9,14 @@ class Config(NamedTuple):
     stages: int  # tiles in flight
 
 
+# By the bytes of an element of x and the number of inputs: with fewer inputs more tiles must be in flight.
 FORWARD = {
-    torch.bfloat16: Config(128, 4, 4),
-    torch.float16: Config(128, 4, 4),
-    torch.float32: Config(128, 4, 3),
+    (2, 2): Config(32, 1, 6),
+    (2, 3): Config(32, 1, 5),
+    (2, 4): Config(32, 1, 4),
+    (4, 2): Config(64, 2, 4),
+    (4, 3): Config(64, 2, 3),
+    (4, 4): Config(64, 2, 3),
 }
-BACKWARD = {
-    torch.bfloat16: Config(128, 4, 3),
-    torch.float16: Config(128, 4, 3),
-    torch.float32: Config(128, 4, 2),
-}
+# By the bytes of an element of x.
+BACKWARD = {2: Config(64, 2, 5), 4: Config(64, 2, 3)}

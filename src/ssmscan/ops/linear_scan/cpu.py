@@ -10,10 +10,8 @@ from numba import njit
 from torch import Tensor
 
 from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.ops.linear_scan.autograd import SPAN
 from ssmscan.shapes import state_dtype
-
-# Steps between two saved states; the backward recomputes what lies between.
-SPAN = 16
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

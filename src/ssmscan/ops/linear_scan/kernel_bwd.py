@@ -33,7 +33,7 @@ def _tile(
     x_step, a_step, b_step, c_step, dy_step, direction, t, L, channels, D,
     LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over the 16 steps from position t, all of which exist if WHOLE. A SUMMARY tracks only g and a's product."""
+    """Walk back over the 16 steps from position t, which all exist if WHOLE. A SUMMARY tracks g and a's product."""
     t = tl.cast(t, tl.int64)
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
@@ -112,7 +112,8 @@ def _tile(
         store_tile(db + t * step, row * step, exists, dbs, channels, D, BD, EVEN, WHOLE)
     if dc is not None:
         store_tile(dc + t * step, row * step, exists, dcs, channels, D, BD, EVEN, WHOLE)
-    if dh0 is not None and sequence is not None:
+    # Two conditions, not one: the first is settled at compile time.
+    if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
             store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
     return g, product
@@ -204,7 +205,7 @@ def backward(
     log: bool,
     reverse: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The gradients of x, decay, b and c where ``needs`` says so, empty otherwise, and of h0 where it is given."""
     batch, l, d = x.shape
     gradients = [
@@ -217,9 +218,10 @@ def backward(
         dh0.copy_(dh) if dh is not None else dh0.zero_()
     if batch * d == 0:
         return *gradients, dh0
-    x, decay, b, c, dy = (channels_last(t) for t in (x, decay, b, c, dy))
+    x, decay, dy = channels_last(x), channels_last(decay), channels_last(dy)
+    b, c = channels_last(b), channels_last(c)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
-    config = BACKWARD[x.dtype]
+    config = BACKWARD[x.dtype.itemsize]
     blocks, length, segments = plan(batch, l, d, config.BD)
     integers = (l, d, length, segments, *batch_and_time(x, decay, b, c, dy))
     constants = (config.BD, d % config.BD == 0, config.stages)

@@ -27,7 +27,7 @@ def _tile(
     x_step, a_step, b_step, c_step, direction, t, L, channels, D,
     LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the 16 steps from position t, all of which exist if WHOLE. A SUMMARY writes nothing, but tracks a's product."""
+    """Walk the 16 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
     t = tl.cast(t, tl.int64)
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
@@ -81,7 +81,7 @@ def linear_scan_forward(
     LOG: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
     BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: the product of a and the state from 0."""
+    """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
     inside = channels < D
     segment = tl.program_id(1)
@@ -157,9 +157,10 @@ def forward(
     states = x.new_empty(batch, -(-l // ROWS), d, dtype=torch.float32) if save else None
     if batch * d == 0:
         return y, hn, states
-    x, decay, b, c = channels_last(x), channels_last(decay), channels_last(b), channels_last(c)
+    x, decay = channels_last(x), channels_last(decay)
+    b, c = channels_last(b), channels_last(c)
     h0 = None if h0 is None else h0.contiguous()
-    config = FORWARD[x.dtype]
+    config = FORWARD[x.dtype.itemsize, 2 + (b is not None) + (c is not None)]
     blocks, length, segments = plan(batch, l, d, config.BD)
     integers = (l, d, length, segments, *batch_and_time(x, decay, b, c))
     constants = (config.BD, d % config.BD == 0, config.stages)

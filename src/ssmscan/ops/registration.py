@@ -1,0 +1,65 @@
+"""Registering an operation's fused implementations with torch.library: what every ``autograd.py`` shares.
+
+An operation has an operator for inference (no derivative, least work on the host), one that also saves what its
+derivative starts from, and the derivative itself. The last argument of each is the name of the backend, whose
+functions are imported at their first call, so that nothing here needs Triton or Numba.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmscan.shapes import error
+
+LIBRARY = torch.library.Library("ssmscan", "FRAGMENT")
+
+
+def loader(package: str, modules: Mapping[tuple[str, str], str]) -> Callable[[str, str], Callable[..., Any]]:
+    """``load(backend, name)``: the function ``name`` of the module that ``modules`` gives for the two."""
+
+    @cache
+    def load(backend: str, name: str) -> Callable[..., Any]:
+        return getattr(import_module(f"{package}.{modules[backend, name]}"), name)
+
+    return load
+
+
+def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator whose ``function`` runs on the CPU and on CUDA, and whose ``fake`` gives the shapes."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, function, device)
+    torch.library.register_fake(f"ssmscan::{name}", fake, lib=LIBRARY)
+
+
+def differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any], derivative: str) -> None:
+    """Give the operator ``name`` its ``backward``, which calls the operator ``derivative``; that has none itself."""
+    torch.library.register_autograd(f"ssmscan::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+    def remember(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+
+    def refuse(ctx, *_):
+        function = derivative.removesuffix("_backward")
+        rule = 'a second derivative needs backend="torch"'
+        raise NotImplementedError(error(function, rule, f'backend="{ctx.backend}"', "Name that backend."))
+
+    torch.library.register_autograd(f"ssmscan::{derivative}", refuse, setup_context=remember, lib=LIBRARY)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a derivative of this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def observed(x: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a subclass has to see the operator; else the dispatcher can be spared.
+
+    It costs more on the host than a kernel's launch.
+    """
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0

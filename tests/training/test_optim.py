@@ -1,0 +1,78 @@
+"""Parameter groups and the learning rate."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssmscan.models import LanguageModel, LanguageModelConfig
+from ssmscan.training import OptimConfig
+from ssmscan.training.optim import learning_rate, make_optimizer
+
+
+def test_what_decays():
+    model = LanguageModel(7, LanguageModelConfig(hidden_size=4, layers=1))
+    decayed, kept = make_optimizer(model, OptimConfig(weight_decay=0.3)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [group["weight_decay"] for group in (decayed, kept)] == [0.3, 0.0]
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "blocks.0.in_proj.weight",
+        "blocks.0.out_proj.weight",
+        "head.weight",
+    }
+    assert {names[id(p)] for p in kept["params"]} == {
+        "embedding.weight",
+        "blocks.0.norm.weight",
+        "blocks.0.decay_bias",
+        "blocks.0.input_bias",
+        "norm.weight",
+    }
+
+
+def test_a_marked_matrix_does_not_decay():
+    model = nn.Linear(3, 3)
+    model.weight._no_weight_decay = True
+    decayed, kept = make_optimizer(model, OptimConfig()).param_groups
+    assert decayed["params"] == []
+    assert len(kept["params"]) == 2
+
+
+def test_learning_rate():
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup=4)
+    rates = [learning_rate(step, 21, config) for step in range(21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.55)  # half way down
+    assert rates[20] == pytest.approx(0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert learning_rate(0, 1, OptimConfig(lr=1.0, warmup=0)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keywords", "part"),
+    [
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"min_lr": 1.0}, "min_lr must be 0 to lr = 0.002, got 1.0"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+    ],
+)
+def test_refusals(keywords, part):
+    with pytest.raises(ValueError, match=f"optim: {part}"):
+        OptimConfig(**keywords)
+
+
+def test_a_model_can_be_trained():
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1))
+    for _ in range(100):
+        loss = (model(torch.ones(1, 2)) - 3).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
