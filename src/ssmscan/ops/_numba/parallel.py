@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -48,6 +50,14 @@ def split(n: int, d: int, widest: int = 4096, narrowest: int = 16) -> list[tuple
     pieces = -(-torch.get_num_threads() // max(n, 1))
     width = max(min(-(-d // pieces), widest), narrowest)
     return [(i, j, min(j + width, d)) for i in range(n) for j in range(0, d, width)]
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor for a kernel to fill.
+
+    NumPy asks the system for huge pages where PyTorch does not: the first touch of a large output costs half as much.
+    """
+    return torch.from_numpy(np.empty(shape, _NUMPY[dtype]))
 
 
 def rows(

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.ops.linear_scan.autograd import SPAN
 from ssmscan.shapes import state_dtype
 
@@ -102,8 +102,8 @@ def forward(
     batch, l, d = x.shape
     dtype = state_dtype(x, decay, b, c, h0)
     h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
-    y = torch.empty(batch, l, d, dtype=dtype)
-    states = torch.empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
+    y = empty(batch, l, d, dtype=dtype)
+    states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
     inputs, strides = rows((x, decay.exp() if log else decay, b, c), x.shape, dtype)
     run(
         _forward,
@@ -142,7 +142,7 @@ def backward(
     shape = (batch if h0 is None else h0.shape[0], d)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
     start = torch.empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
-    gradients = [torch.empty(batch if need else 0, l, d, dtype=dtype) for need in needs]
+    gradients = [empty(batch if need else 0, l, d, dtype=dtype) for need in needs]
     run(
         _backward,
         split(batch, d),
