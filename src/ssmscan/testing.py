@@ -77,6 +77,7 @@ class Benchmark:
     option: Option
     dtype: torch.dtype = torch.bfloat16
     graph: bool = False  # time the replay of a CUDA graph: for shapes whose launches cost more than their work
+    device: Literal["cuda", "cpu"] = "cuda"  # where the row is run
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ class OpCase:
     # The most memory that a forward and backward may take on a GPU, over that of the outputs and gradients.
     peak_memory: float = 1.1
     benchmarks: tuple[Benchmark, ...] = ()
+    # Least time in ms on an H200 by arithmetic, of "fwd" or "fwdbwd" at a size, where that can exceed the bytes'.
+    floor_ms: Callable[[Size, str], float] | None = None
 
     def __repr__(self) -> str:
         return f"OpCase({self.name!r})"

@@ -20,6 +20,8 @@ CASE = replace(
         Benchmark("headline", SIZE, ALL, torch.float32),
         Benchmark("x and a", SIZE, DECAY),
         Benchmark("launches", SIZE, ALL, graph=True),
+        Benchmark("on a CPU", SIZE, ALL, torch.float32, device="cpu"),
+        Benchmark("x and a", SIZE, DECAY, device="cpu"),
     ),
 )
 
@@ -57,13 +59,13 @@ def test_record(tmp_path, capsys):
     ]
     for row in record["rows"]:
         assert list(row) == list(result.Row.__dataclass_fields__)
-        assert row["shape"] == {"b": 1, "l": 40, "d": 3}
+        assert row["shape"] == SIZE
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["ratio_to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"], rel=1e-2)
         assert row["peak_mib"] is None
     headline, both = record["rows"][:2]
     # x, a, b, c and y; then those and dy read, and four gradients written.
-    assert headline["floor_ms"] == pytest.approx(5 * 40 * 3 * 4 / record["copy_gbps"] / 1e6, rel=1e-2)
+    assert headline["floor_ms"] == pytest.approx(5 * 2 * 40 * 3 * 4 / record["copy_gbps"] / 1e6, rel=1e-2)
     assert both["floor_ms"] == pytest.approx(14 / 5 * headline["floor_ms"], rel=1e-2)
     assert str(path) in capsys.readouterr().out
     assert result.read_all(tmp_path)[0].op == "linear_scan"
@@ -104,13 +106,12 @@ def test_sizes():
     assert [row.variant for row in rows] == ["headline", "launches"] + ["length sweep"] * 6
     assert [row.size["l"] for row in rows[2:]] == [1024, 2048, 4096, 16384, 32768, 65536]
     assert {row.size["b"] * row.size["l"] for row in rows[2:]} == {65536}
-    # On a CPU the long row is the headline again, and launches cost nothing.
-    long = Benchmark("long", {"b": 1, "l": 65536, "d": 2048}, ALL)
-    rows = run.benchmarks_of(replace(CASE, benchmarks=(Benchmark("first", size, ALL), long, CASE.benchmarks[2])), "cpu")
+    here = Benchmark("here", {"b": 2, "l": 2048, "d": 64}, ALL, device="cpu")
+    rows = run.benchmarks_of(replace(CASE, benchmarks=(Benchmark("first", size, ALL), here)), "cpu")
     assert [(row.variant, row.size["b"], row.size["l"]) for row in rows] == [
-        ("headline", 1, 4096),
+        ("headline", 2, 2048),
         ("length sweep", 4, 1024),
-        ("length sweep", 2, 2048),
+        ("length sweep", 1, 4096),
     ]
     assert run.benchmarks_of(replace(CASE, benchmarks=()), "cuda") == []
 
@@ -127,10 +128,11 @@ def test_drawn_rows_differ(monkeypatch):
     assert not torch.equal(tensors["x"][0], tensors["x"][1])
 
 
-def test_arithmetic_floor(monkeypatch):
-    monkeypatch.setattr(type(CASE), "floor_ms", staticmethod(lambda size, direction: 5.0), raising=False)
-    assert run._arithmetic_ms(CASE, CASE.benchmarks[0], "fwd", "cuda") == 5.0
-    assert run._arithmetic_ms(CASE, CASE.benchmarks[0], "fwd", "cpu") == 0.0
+def test_arithmetic_floor():
+    case = replace(CASE, floor_ms=lambda size, direction: 5.0)
+    assert run._arithmetic_ms(case, case.benchmarks[0], "fwd", "cuda") == 5.0
+    assert run._arithmetic_ms(case, case.benchmarks[0], "fwd", "cpu") == 0.0
+    assert run._arithmetic_ms(CASE, case.benchmarks[0], "fwd", "cuda") == 0.0
 
 
 @pytest.mark.parametrize(

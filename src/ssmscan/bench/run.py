@@ -21,8 +21,6 @@ from ssmscan.testing import Benchmark, Call, OpCase
 TOKENS = 8191
 # Lengths of the sweep, at the headline's number of tokens.
 LENGTHS = tuple(2**k for k in range(10, 17))
-# A CPU is given one batch row of at most this many steps.
-CPU_LENGTH = 4096
 # The most elements of x at which further backends are timed, as baselines.
 BASELINE = 2**23
 
@@ -79,8 +77,8 @@ def backends_of(case: OpCase, device: str, wanted: Sequence[str] = ()) -> list[s
 
 
 def benchmarks_of(case: OpCase, device: str) -> list[Benchmark]:
-    """The case's rows and, at the tokens of the first, a sweep of lengths; each once, at sizes for ``device``."""
-    rows = list(case.benchmarks) if device == "cuda" else _for_cpu(case.benchmarks)
+    """The case's rows for ``device`` and, at the tokens of the first, a sweep of lengths."""
+    rows = [row for row in case.benchmarks if row.device == device]
     if not rows:
         return []
     headline = rows[0] = replace(rows[0], variant=HEADLINE)
@@ -90,16 +88,6 @@ def benchmarks_of(case: OpCase, device: str) -> list[Benchmark]:
         for length in LENGTHS
         if length <= tokens and length != headline.size["l"]
     ]
-
-
-def _for_cpu(rows: Sequence[Benchmark]) -> list[Benchmark]:
-    """The rows at a CPU's sizes, without those that are there for a GPU's launches or have become the same."""
-    small: dict[object, Benchmark] = {}
-    for row in rows:
-        if not row.graph:
-            size = {**row.size, "b": 1, "l": min(row.size["l"], CPU_LENGTH)}
-            small.setdefault((*size.items(), row.option, row.dtype), replace(row, size=size))
-    return list(small.values())
 
 
 def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) -> tuple[list[Row], list[str]]:
@@ -198,9 +186,8 @@ def _elements(case: OpCase, benchmark: Benchmark) -> int:
 
 
 def _arithmetic_ms(case: OpCase, benchmark: Benchmark, direction: str, device: str) -> float:
-    # A case may know a floor above that of its bytes: floor_ms(size, direction), for the GPUs it is tuned for.
-    floor = getattr(case, "floor_ms", None)
-    return 0.0 if floor is None or device == "cpu" else floor(benchmark.size, direction)
+    """A floor above that of the bytes, where the case knows one; it is for the GPUs that the case is tuned for."""
+    return 0.0 if case.floor_ms is None or device == "cpu" else case.floor_ms(benchmark.size, direction)
 
 
 def _host_us(case: OpCase, backend: str) -> float:

@@ -81,5 +81,6 @@ CASE = OpCase(
         Benchmark("fp32", {"b": 8, "l": 8192, "d": 2048}, ALL, torch.float32),
         Benchmark("long", {"b": 1, "l": 65536, "d": 2048}, ALL),
         Benchmark("small, graph replay", {"b": 2, "l": 2048, "d": 1024}, ALL, graph=True),
+        Benchmark("two cores", {"b": 2, "l": 4096, "d": 1024}, ALL, torch.float32, device="cpu"),
     ),
 )
