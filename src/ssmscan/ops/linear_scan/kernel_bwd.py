@@ -119,13 +119,12 @@ def _tile(
     return g, product
 
 
-@kernel(do_not_specialize=["L", "length", "segments"])
+@kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def linear_scan_backward(
     x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, products, totals,
-    L, D, length, segments,
+    L, D, length, segments, direction,
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time, dy_batch, dy_time,
-    LOG: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-    BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -137,8 +136,7 @@ def linear_scan_backward(
     whole = begin + (end - begin) // 16 * 16
     summary_row = batch * segments * D
 
-    origin = tl.cast(L - 1 if REVERSE else 0, tl.int64)
-    direction = -1 if REVERSE else 1
+    origin = tl.where(direction < 0, L - 1, 0).to(tl.int64)
     x += batch * x_batch + origin * x_time
     a += batch * a_batch + origin * a_time
     dy += batch * dy_batch + origin * dy_time
@@ -223,7 +221,7 @@ def backward(
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
     blocks, length, segments = plan(batch, l, d, config.BD)
-    integers = (l, d, length, segments, *batch_and_time(x, decay, b, c, dy))
+    integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c, dy))
     constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None
     if segments > 1:
@@ -232,7 +230,7 @@ def backward(
             (blocks, segments - 1, batch),
             (x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals),
             integers,
-            (log, reverse, True, *constants),
+            (log, True, *constants),
             config.warps,
         )
     outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
@@ -240,7 +238,7 @@ def backward(
         (blocks, segments, batch),
         (x, decay, b, c, dy, h0, sequence, states, *outputs, dh, None if h0 is None else dh0, products, totals),
         integers,
-        (log, reverse, False, *constants),
+        (log, False, *constants),
         config.warps,
     )
     return *gradients, dh0

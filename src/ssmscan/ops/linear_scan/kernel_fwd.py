@@ -73,13 +73,12 @@ def _tile(
     return h, product
 
 
-@kernel(do_not_specialize=["L", "length", "segments"])
+@kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def linear_scan_forward(
     x, a, b, c, h0, sequence, y, hn, states, products, totals,
-    L, D, length, segments,
+    L, D, length, segments, direction,
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time,
-    LOG: tl.constexpr, REVERSE: tl.constexpr, SUMMARY: tl.constexpr,
-    BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     channels = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -92,8 +91,7 @@ def linear_scan_forward(
     summary_row = batch * segments * D
 
     # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
-    origin = tl.cast(L - 1 if REVERSE else 0, tl.int64)
-    direction = -1 if REVERSE else 1
+    origin = tl.where(direction < 0, L - 1, 0).to(tl.int64)
     x += batch * x_batch + origin * x_time
     a += batch * a_batch + origin * a_time
     if b is not None:
@@ -162,7 +160,7 @@ def forward(
     h0 = None if h0 is None else h0.contiguous()
     config = FORWARD[x.dtype.itemsize, 2 + (b is not None) + (c is not None)]
     blocks, length, segments = plan(batch, l, d, config.BD)
-    integers = (l, d, length, segments, *batch_and_time(x, decay, b, c))
+    integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c))
     constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None
     if segments > 1:
@@ -172,14 +170,14 @@ def forward(
             (blocks, segments - 1, batch),
             (x, decay, b, None, h0, sequence, None, None, None, products, totals),
             integers,
-            (log, reverse, True, *constants),
+            (log, True, *constants),
             config.warps,
         )
     linear_scan_forward.launch(
         (blocks, segments, batch),
         (x, decay, b, c, h0, sequence, y, hn, states, products, totals),
         integers,
-        (log, reverse, False, *constants),
+        (log, False, *constants),
         config.warps,
     )
     return y, hn, states
