@@ -24,7 +24,10 @@ def error(function: str, rule: str, got: object, advice: str = "") -> str:
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and sums: float64 when any input is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype is torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_tensors(function: str, tensors: Mapping[str, Tensor | None]) -> None:

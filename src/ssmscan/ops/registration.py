@@ -54,7 +54,11 @@ def differentiate(name: str, setup: Callable[..., None], backward: Callable[...,
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a derivative of this call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def observed(x: Tensor) -> bool:

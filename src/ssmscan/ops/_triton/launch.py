@@ -26,8 +26,12 @@ class Kernel:
         integers: tuple[int, ...],
         constants: tuple[Any, ...],
         warps: int,
+        registers: int | None = None,
     ) -> None:
-        """Run on the device of the first tensor; the function takes tensors, integers and constants in this order."""
+        """Run on the device of the first tensor; the function takes tensors, integers and constants in this order.
+
+        A thread gets at most so many ``registers``, so that more warps fit; None leaves that to the compiler.
+        """
         device = tensors[0].device
         if device.type != "cuda":
             self.function[grid](*tensors, *integers, *constants, num_warps=warps)
@@ -35,7 +39,7 @@ class Kernel:
         index = device.index
         if index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                self.launch(grid, tensors, integers, constants, warps)
+                self.launch(grid, tensors, integers, constants, warps, registers)
             return
         # Triton specialises on the alignment of pointers, and on integers that are 1, divisible by 16, or over 32 bits.
         pointers = [None if t is None else t.data_ptr() for t in tensors]
@@ -45,10 +49,13 @@ class Kernel:
             tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (v >= 1 << 31) for v in integers]),
             constants,
             warps,
+            registers,
         )
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.function[grid](*tensors, *integers, *constants, num_warps=warps)
+            self.compiled[key] = self.function[grid](
+                *tensors, *integers, *constants, num_warps=warps, maxnreg=registers
+            )
         else:
             stream = torch._C._cuda_getCurrentRawStream(index)
             compiled.run(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 # Steps in a tile, and between two states that a forward keeps for its backward.
 ROWS = 16
-# Programs that keep a Hopper GPU busy: four for each multiprocessor, twice that when the segments are so short that
-# waiting for the first tiles counts.
-PROGRAMS = 528
+# Warps that keep a Hopper GPU busy: four for each multiprocessor, twice that when the segments are so short that waiting
+# for the first tiles counts.
+WARPS = 528
 SHORT_SEGMENT = 1024
 # A shorter segment is not worth its summary.
 SHORTEST_SEGMENT = 64
@@ -32,10 +32,10 @@ class Plan(NamedTuple):
     segments: int
 
 
-def plan(batch: int, l: int, d: int, BD: int) -> Plan:
+def plan(batch: int, l: int, d: int, BD: int, warps: int) -> Plan:
     """Segments long enough to be worth their summary, and enough of them to fill the device."""
     blocks = -(-d // BD)
-    wanted = max(PROGRAMS // (batch * blocks), 1)
+    wanted = max(WARPS // (batch * blocks * warps), 1)
     if wanted > 1 and l < wanted * SHORT_SEGMENT:
         wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
     length = max(-(-l // (wanted * ROWS)), 1) * ROWS
@@ -120,6 +120,12 @@ def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, E
         tl.store(pointers, tile)
     else:
         tl.store(pointers, tile, mask=(channels < D)[None, :])
+
+
+@triton.jit
+def channel_sums(values, BD: tl.constexpr):
+    """The sums over the channels of 16 rows, a tuple in order; [16]."""
+    return tl.sum(_glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16), 0)
 
 
 @triton.jit

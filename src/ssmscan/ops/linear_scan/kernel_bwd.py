@@ -220,7 +220,7 @@ def backward(
     b, c = channels_last(b), channels_last(c)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD)
+    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c, dy))
     constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None

@@ -18,7 +18,7 @@ from ssmscan.ops._triton.walk import (
     plan,
     store_tile,
 )
-from ssmscan.ops.linear_scan.configs import FORWARD
+from ssmscan.ops.linear_scan.configs import forward_config
 
 
 @triton.jit
@@ -158,8 +158,8 @@ def forward(
     x, decay = channels_last(x), channels_last(decay)
     b, c = channels_last(b), channels_last(c)
     h0 = None if h0 is None else h0.contiguous()
-    config = FORWARD[x.dtype.itemsize, 2 + (b is not None) + (c is not None)]
-    blocks, length, segments = plan(batch, l, d, config.BD)
+    config = forward_config(x.dtype.itemsize, 2 + (b is not None) + (c is not None), batch, d)
+    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c))
     constants = (config.BD, d % config.BD == 0, config.stages)
     products = totals = None

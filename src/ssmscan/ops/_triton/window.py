@@ -1,0 +1,79 @@
+"""Sliding windows: a program goes along the sequence row by row, each row a vector of BD channels.
+
+A thread holds several adjacent channels, which it loads in one vector of up to 16 bytes, and a tile of rows is loaded
+before the first of them is used. Positions are counted in scan order; a reversed scan starts at the other end and
+takes negative steps.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Plan(NamedTuple):
+    """How a launch covers the channels and the length."""
+
+    blocks: int  # of BD channels
+    length: int  # rows of a segment, a multiple of a tile
+    segments: int
+
+
+def plan(batch: int, l: int, d: int, BD: int, rows: int, programs: int) -> Plan:
+    """Segments of whole tiles, so many that there are about ``programs`` of them; every sequence has one at least."""
+    blocks = -(-d // BD)
+    wanted = max(programs // (batch * blocks), 1)
+    length = max(-(-l // (wanted * rows)), 1) * rows
+    return Plan(blocks, length, max(-(-l // length), 1))
+
+
+@triton.jit
+def load_row(pointer, exists, channels, D, EVEN: tl.constexpr):
+    """BD channels at ``pointer``; zeros if the row does not exist, or that never happens where ``exists`` is True."""
+    if exists is not True:
+        row = tl.load(pointer + channels, mask=(channels < D) & exists, other=0.0)
+    elif EVEN:
+        row = tl.load(pointer + channels)
+    else:
+        row = tl.load(pointer + channels, mask=channels < D, other=0.0)
+    return row
+
+
+@triton.jit
+def store_row(pointer, row, exists, channels, D, EVEN: tl.constexpr):
+    """Store where :func:`load_row` with the same arguments would load."""
+    value = row.to(pointer.dtype.element_ty)
+    if exists is not True:
+        tl.store(pointer + channels, value, mask=(channels < D) & exists)
+    elif EVEN:
+        tl.store(pointer + channels, value)
+    else:
+        tl.store(pointer + channels, value, mask=channels < D)
+
+
+@triton.jit
+def rows_before(x, h0, t, start, step, channels, D, N: tl.constexpr, EVEN: tl.constexpr):
+    """The N rows before position t as float32, a tuple; those before the sequence's ``start`` are in its state h0."""
+    rows = ()
+    for k in tl.static_range(N):
+        position = t - N + k
+        rows = rows + (load_row(x + position * step, position >= start, channels, D, EVEN).to(tl.float32),)
+    # Two conditions, not one: the first is settled at compile time.
+    if h0 is not None:  # noqa: SIM102
+        if t < start + N:
+            mixed = ()
+            for k in tl.static_range(N):
+                position = t - N + k
+                state = load_row(h0 + (position - start + N) * D, position < start, channels, D, EVEN)
+                mixed = mixed + (tl.where(position >= start, rows[k], state.to(tl.float32)),)
+            rows = mixed
+    return rows
+
+
+@triton.jit
+def sequence_of(sequence, bounds, time, L, direction):
+    """Of the packed sequence of the token at ``time``: its number, and its first and end position in scan order."""
+    number = tl.load(sequence + time).to(tl.int64)
+    first = tl.load(bounds + number)
+    end = tl.load(bounds + number + 1)
+    return number, tl.where(direction < 0, L - end, first), tl.where(direction < 0, L - first, end)
