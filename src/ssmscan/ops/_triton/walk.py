@@ -174,7 +174,7 @@ def enter_segment(
         totals = load_tile(total, offset, exists, channels, D, 0.0, BD, False, False)
         for i in tl.static_range(16):
             if sequence is None:
-                h = products[i] * h + totals[i]
+                h = tl.fma(products[i], h, totals[i])
             else:
                 inside = j + i < segment
                 if BACKWARD:

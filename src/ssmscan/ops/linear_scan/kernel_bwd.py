@@ -69,7 +69,7 @@ def _tile(
             u = xs[i].to(tl.float32)
             if b is not None:
                 u *= bs[i].to(tl.float32)
-            h = decay * h + u
+            h = tl.fma(decay, h, u)
             afters = afters + (h,)
     # The walk goes backward, so the rows are gathered from the front.
     dxs = ()
@@ -92,8 +92,9 @@ def _tile(
         if dc is not None:
             dcs = (v * afters[i],) + dcs
         if c is not None:
-            v *= cs[i].to(tl.float32)
-        g += v
+            g = tl.fma(v, cs[i].to(tl.float32), g)
+        else:
+            g += v
         if dx is not None:
             dxs = (g * bs[i].to(tl.float32) if b is not None else g,) + dxs
         if db is not None:

@@ -56,7 +56,8 @@ def _tile(
         u = xs[i].to(tl.float32)
         if b is not None:
             u *= bs[i].to(tl.float32)
-        h = decay * h + u
+        # Spelled out, so that every variant of the kernel rounds alike.
+        h = tl.fma(decay, h, u)
         product *= decay
         out = h
         if c is not None:
