@@ -87,7 +87,7 @@ def test_a_failed_run(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("", 'expected "subcommand" to be one of {train,info}'),
+        ("", 'expected "subcommand" to be one of {train,bench,info}'),
         ("tarin", "invalid choice: 'tarin'"),
         ("train --optim.lr fast", "optim.lr must be float, got fast"),
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
@@ -171,3 +171,13 @@ def test_interrupted_by_the_keyboard(here):
     assert process.returncode == 130
     assert err.decode() == "train: interrupted. Continue with ssmscan train --resume run.\n"
     assert not list(here.glob("run/checkpoints/unfinished_*"))
+
+
+def test_bench_refuses_on_one_line(here, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["bench", "no_such_op"])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "OP must be one of" in err
+    assert not list(here.glob("benchmarks"))

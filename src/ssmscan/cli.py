@@ -1,4 +1,4 @@
-"""The command ``ssmscan``: train, info.
+"""The command ``ssmscan``: train, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted; an error is one line on stderr.
 """
@@ -23,6 +23,7 @@ import torch
 import ssmscan
 from ssmscan import ops
 from ssmscan.backend import BACKENDS, choose, why_not
+from ssmscan.bench import __main__ as bench
 from ssmscan.shapes import error
 
 if TYPE_CHECKING:
@@ -36,18 +37,22 @@ NEEDED = ("jsonargparse", "rich", "matplotlib", "tensorboard")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with ``arguments`` (default: those of the process) and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     missing = [package for package in NEEDED if find_spec(package) is None]
-    if missing:
+    if missing and arguments[:1] != ["bench"]:
         return _fail(f"ssmscan: {', '.join(missing)} must be installed, got none. Run pip install 'ssmscan[train]'.", 1)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         try:
-            return _run(sys.argv[1:] if arguments is None else list(arguments))
+            return _run(arguments)
         except KeyboardInterrupt:
             return _fail("ssmscan: interrupted.", 130)
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:
+        # It has a parser of its own, so that it runs where the extra `train` is missing.
+        return bench.main(arguments[1:], prog="ssmscan bench")
     from ssmscan.training import RunError, UsageError, train
 
     try:
@@ -84,6 +89,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     parser.add_argument("--version", action="version", version=f"ssmscan {ssmscan.__version__}")
     commands = parser.add_subcommands()
     commands.add_subcommand("train", _train_parser(), help="train a model on a task, or continue a run")
+    commands.add_subcommand("bench", ArgumentParser(exit_on_error=False), help="check, time and record operations")
     commands.add_subcommand("info", ArgumentParser(exit_on_error=False), help="versions, devices, backends")
     parsed = parser.instantiate(parser.parse_args(arguments))
     return parsed.subcommand, parsed[parsed.subcommand]

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -11,10 +12,17 @@ from ssmscan.bench.run import backends_of, run_cases
 from ssmscan.ops.cases import CASES
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m ssmscan.bench") -> int:
     """Run the benchmarks that ``arguments`` name. 0 when all went well, 1 when not, 2 on wrong usage."""
     cases = {case.name: case for case in CASES}
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description="Check operations against their references, time them, and record what was measured.",
     )

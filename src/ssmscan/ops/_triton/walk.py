@@ -16,7 +16,7 @@ from torch import Tensor
 
 # Steps in a tile, and between two states that a forward keeps for its backward.
 ROWS = 16
-# Warps that keep a Hopper GPU busy: four for each multiprocessor, twice that when the segments are so short that waiting
+# Warps that keep a Hopper GPU busy: four for each multiprocessor, twice that when segments are so short that waiting
 # for the first tiles counts.
 WARPS = 528
 SHORT_SEGMENT = 1024
