@@ -46,7 +46,7 @@ class Kernel:
         key = (
             index,
             tuple([p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)]),  # noqa: B905
-            tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (v >= 1 << 31) for v in integers]),
+            tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (not -(1 << 31) <= v < 1 << 31) for v in integers]),
             constants,
             warps,
             registers,

@@ -1,14 +1,15 @@
 """Sliding windows: a program goes along the sequence row by row, each row a vector of BD channels.
 
 A thread holds several adjacent channels, which it loads in one vector of up to 16 bytes, and a tile of rows is loaded
-before the first of them is used. Positions are counted in scan order; a reversed scan starts at the other end and
-takes negative steps.
+before the first of them is used. Positions are counted in scan order: of a reversed scan, a kernel is given the tensors
+from their last token on, and negative steps. (Steps multiplied by the direction in the kernel double its registers.)
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Plan(NamedTuple):
@@ -25,6 +26,11 @@ def plan(batch: int, l: int, d: int, BD: int, rows: int, programs: int) -> Plan:
     wanted = max(programs // (batch * blocks), 1)
     length = max(-(-l // (wanted * rows)), 1) * rows
     return Plan(blocks, length, max(-(-l // length), 1))
+
+
+def from_first(tensor: Tensor, axis: int, reverse: bool) -> Tensor:
+    """``tensor`` from the first token in scan order on."""
+    return tensor.narrow(axis, -1, 1) if reverse else tensor
 
 
 @triton.jit
@@ -71,9 +77,9 @@ def rows_before(x, h0, t, start, step, channels, D, N: tl.constexpr, EVEN: tl.co
 
 
 @triton.jit
-def sequence_of(sequence, bounds, time, L, direction):
-    """Of the packed sequence of the token at ``time``: its number, and its first and end position in scan order."""
-    number = tl.load(sequence + time).to(tl.int64)
+def sequence_of(sequence, bounds, position, L, direction):
+    """Of the packed sequence at ``position``: its number, and its first and end position, all in scan order."""
+    number = tl.load(sequence + direction * position).to(tl.int64)
     first = tl.load(bounds + number)
     end = tl.load(bounds + number + 1)
     return number, tl.where(direction < 0, L - end, first), tl.where(direction < 0, L - first, end)

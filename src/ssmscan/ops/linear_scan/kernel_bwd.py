@@ -128,10 +128,12 @@ def linear_scan_backward(
     LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
-    channels = tl.program_id(0) * BD + tl.arange(0, BD)
+    # On the first axis, for the others end at 65535.
+    blocks = tl.cdiv(D, BD)
+    channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = channels < D
     segment = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = (segments - 1 - segment) * length
     end = min(begin + length, L)
     whole = begin + (end - begin) // 16 * 16
@@ -228,7 +230,7 @@ def backward(
     if segments > 1:
         products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
         linear_scan_backward.launch(
-            (blocks, segments - 1, batch),
+            (batch * blocks, segments - 1, 1),
             (x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals),
             integers,
             (log, True, *constants),
@@ -236,7 +238,7 @@ def backward(
         )
     outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     linear_scan_backward.launch(
-        (blocks, segments, batch),
+        (batch * blocks, segments, 1),
         (x, decay, b, c, dy, h0, sequence, states, *outputs, dh, None if h0 is None else dh0, products, totals),
         integers,
         (log, False, *constants),

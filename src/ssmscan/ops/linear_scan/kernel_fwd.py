@@ -82,10 +82,12 @@ def linear_scan_forward(
     LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
-    channels = tl.program_id(0) * BD + tl.arange(0, BD)
+    # On the first axis, for the others end at 65535.
+    blocks = tl.cdiv(D, BD)
+    channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     inside = channels < D
     segment = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = segment * length
     end = min(begin + length, L)
     whole = begin + (end - begin) // 16 * 16
@@ -168,14 +170,14 @@ def forward(
         products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
         # Nothing enters after the last segment, so it needs no summary.
         linear_scan_forward.launch(
-            (blocks, segments - 1, batch),
+            (batch * blocks, segments - 1, 1),
             (x, decay, b, None, h0, sequence, None, None, None, products, totals),
             integers,
             (log, True, *constants),
             config.warps,
         )
     linear_scan_forward.launch(
-        (blocks, segments, batch),
+        (batch * blocks, segments, 1),
         (x, decay, b, c, h0, sequence, y, hn, states, products, totals),
         integers,
         (log, False, *constants),

@@ -36,5 +36,7 @@ def linear_scan(
 def linear_scan_step(x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, log: bool) -> Tensor:
     a = decay.to(h.dtype).exp() if log else decay.to(h.dtype)
     u = x.to(h.dtype) if b is None else b.to(h.dtype) * x.to(h.dtype)
-    h.copy_(a * h + u)
-    return (h if c is None else c.to(h.dtype) * h).to(x.dtype)
+    # Its own memory, for y may be it.
+    state = a * h + u
+    h.copy_(state)
+    return (state if c is None else c.to(h.dtype) * state).to(x.dtype)

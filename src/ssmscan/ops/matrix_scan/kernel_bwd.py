@@ -1,0 +1,227 @@
+"""The backward tile-walk of matrix_scan, and its launcher: both gradients in one pass against the scan order.
+
+With g_t the gradient of H_t, in which the returned state's dh and all later steps are included:
+
+    g_t = dy_t + a_{t+1}·g_{t+1},    dx_t = g_t,    dlog_a_t = a_t·Σ_columns g_t·H_{t-1}
+
+The states of 16 steps are recomputed in registers from the one that the forward saved before them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.walk import (
+    bits,
+    channel_sums,
+    channels_last,
+    edges,
+    enter_segment,
+    gather_states,
+    load_tile,
+    plan,
+    store_tile,
+)
+from ssmscan.ops.matrix_scan.configs import BACKWARD
+from ssmscan.ops.matrix_scan.kernel_fwd import load_decays
+
+
+@triton.jit
+def _tile(
+    x, log_a, dy, h0, sequence, states, dx, da, dh, dh0, g, product,
+    x_step, a_step, dy_step, da_step, direction, t, L, columns, R, C,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Walk back over the 16 steps from position t, which all exist if WHOLE. A SUMMARY tracks g and a's product."""
+    t = tl.cast(t, tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
+    exists = t + row < L
+    decays = load_decays(log_a + t * a_step, row * a_step, exists, WHOLE)
+    dys = load_tile(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+    if sequence is not None:
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
+        starts = edges(sequence, t, row, direction, L, False)
+        ends = edges(sequence, t, row, direction, L, True)
+        first = bits(starts)
+        last = bits(ends)
+        if dh is not None:
+            final = gather_states(dh, owner, ends, last, columns, C, BD)
+    if da is not None:
+        xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+        if sequence is not None:
+            entering = gather_states(h0, owner, starts, first, columns, C, BD)
+        # The decayed states that each step adds to.
+        h = tl.load(states + t // 16 * R * C + columns, mask=columns < C, other=0.0)
+        decayed = ()
+        for i in tl.static_range(16):
+            if sequence is not None:
+                h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
+            h *= decays[i]
+            decayed = decayed + (h,)
+            h += xs[i].to(tl.float32)
+    # The walk goes backward, so the rows are gathered from the front.
+    dxs = ()
+    das = ()
+    gs = ()
+    for i in tl.static_range(15, -1, -1):
+        if sequence is not None:
+            ended = (last >> i) & 1 != 0
+            if dh is None:
+                g = tl.where(ended, 0.0, g)
+            else:
+                g = tl.where(ended, final[i].to(tl.float32), g)
+            product = tl.where(ended, 0.0, product)
+        g += dys[i].to(tl.float32)
+        dxs = (g,) + dxs
+        if da is not None:
+            das = (g * decayed[i],) + das
+        g *= decays[i]
+        gs = (g,) + gs
+        product *= decays[i]
+    if dx is not None:
+        step = direction * R * C
+        store_tile(dx + t * step, row * step, exists, dxs, columns, C, BD, EVEN, WHOLE)
+    if da is not None:
+        sums = channel_sums(das, BD).to(da.dtype.element_ty)
+        tl.store(da + (t + row) * da_step, sums, mask=exists)
+    # Two conditions, not one: the first is settled at compile time.
+    if dh0 is not None and sequence is not None:  # noqa: SIM102
+        if first != 0:
+            store_tile(dh0, owner * C, starts, gs, columns, C, BD, False, False)
+    return g, product
+
+
+@kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
+def matrix_scan_backward(
+    x, log_a, dy, h0, sequence, states, dx, da, dh, dh0, products, totals,
+    L, R, C, length, segments, blocks, direction,
+    x_batch, x_time, x_row, a_batch, a_time, a_row, dy_batch, dy_time, dy_row,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
+    walker = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    columns = block * BD + tl.arange(0, BD)
+    inside = columns < C
+    batch = (walker // R).to(tl.int64)
+    matrix_row = (walker % R).to(tl.int64)
+    segment = tl.program_id(1)
+    begin = (segments - 1 - segment) * length
+    end = min(begin + length, L)
+    whole = begin + (end - begin) // 16 * 16
+    summary_row = walker.to(tl.int64) * segments * C
+    state_row = (batch * R + matrix_row) * C
+
+    origin = tl.where(direction < 0, L - 1, 0).to(tl.int64)
+    x += batch * x_batch + matrix_row * x_row + origin * x_time
+    log_a += batch * a_batch + matrix_row * a_row + origin * a_time
+    dy += batch * dy_batch + matrix_row * dy_row + origin * dy_time
+    out = (batch * L + origin) * R + matrix_row
+    if dx is not None:
+        dx += out * C
+    if da is not None:
+        # (b, l, r, blocks): each block of columns has its own sum.
+        da += out * blocks + block
+        states += (batch * tl.cdiv(L, 16) * R + matrix_row) * C
+    if sequence is not None:
+        # The states of a packed sequence are found from its number.
+        sequence += origin
+        h0 += matrix_row * C
+        if dh is not None:
+            dh += matrix_row * C
+        if dh0 is not None:
+            dh0 += matrix_row * C
+
+    g = tl.zeros((BD,), tl.float32)
+    product = tl.full((1,), 1.0, tl.float32)
+    if not SUMMARY:
+        if dh is not None and sequence is None:
+            g = tl.load(dh + state_row + columns, mask=inside, other=0.0).to(tl.float32)
+        if products is not None:
+            g = enter_segment(
+                g, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
+                columns, C, BD, True,
+            )  # fmt: skip
+    if whole < end:
+        g, product = _tile(
+            x, log_a, dy, h0, sequence, states, dx, da, dh, dh0, g, product,
+            direction * x_time, direction * a_time, direction * dy_time, direction * R * blocks, direction,
+            whole, L, columns, R, C, SUMMARY, BD, EVEN, False,
+        )  # fmt: skip
+    for done in tl.range(0, whole - begin, 16, num_stages=STAGES):
+        g, product = _tile(
+            x, log_a, dy, h0, sequence, states, dx, da, dh, dh0, g, product,
+            direction * x_time, direction * a_time, direction * dy_time, direction * R * blocks, direction,
+            whole - 16 - done, L, columns, R, C, SUMMARY, BD, EVEN, True,
+        )  # fmt: skip
+
+    if SUMMARY:
+        row = summary_row + segment.to(tl.int64) * C + columns
+        tl.store(products + row, product + tl.zeros((BD,), tl.float32), mask=inside)
+        tl.store(totals + row, g, mask=inside)
+    elif dh0 is not None and sequence is None:
+        tl.store(dh0 + state_row + columns, g, mask=inside & (begin == 0))
+
+
+def backward(
+    x: Tensor,
+    log_a: Tensor,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    states: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    reverse: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x and log_a where ``needs`` says so, empty otherwise, and of h0 where it is given."""
+    batch, l, r, c = x.shape
+    dx = x.new_empty(batch if needs[0] else 0, l, r, c)
+    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], r, c, dtype=torch.float32)
+    if sequence is not None:
+        # The state of an empty sequence passes through; the kernel writes the others.
+        dh0.copy_(dh) if dh is not None else dh0.zero_()
+    if batch * r * c == 0:
+        return dx, log_a.new_zeros(batch if needs[1] else 0, l, r), dh0
+    config = BACKWARD[x.dtype.itemsize, c > 32, sequence is not None]
+    blocks, length, segments = plan(batch * r, l, c, config.BD, config.warps)
+    sums = log_a.dtype if blocks == 1 else torch.float32
+    da = log_a.new_empty(batch if needs[1] else 0, l, r, blocks, dtype=sums)
+    x, decay, dy = channels_last(x), log_a.float(), channels_last(dy)
+    h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
+    integers = (
+        l,
+        r,
+        c,
+        length,
+        segments,
+        blocks,
+        -1 if reverse else 1,
+        *x.stride()[:3],
+        *decay.stride(),
+        *dy.stride()[:3],
+    )
+    constants = (config.BD, c % config.BD == 0, config.stages)
+    products = totals = None
+    if segments > 1:
+        products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
+        matrix_scan_backward.launch(
+            (batch * r * blocks, segments - 1, 1),
+            (x, decay, dy, h0, sequence, None, None, None, dh, None, products, totals),
+            integers,
+            (True, *constants),
+            config.warps,
+        )
+    outputs = (dx if needs[0] else None, da if needs[1] else None, dh, None if h0 is None else dh0)
+    matrix_scan_backward.launch(
+        (batch * r * blocks, segments, 1),
+        (x, decay, dy, h0, sequence, states, *outputs, products, totals),
+        integers,
+        (False, *constants),
+        config.warps,
+    )
+    # A plain sum adds in the same order every time.
+    dlog_a = da.squeeze(-1) if blocks == 1 else da.sum(-1).to(log_a.dtype)
+    return dx, dlog_a, dh0

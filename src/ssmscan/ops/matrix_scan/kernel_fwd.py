@@ -1,0 +1,173 @@
+"""The forward tile-walk of matrix_scan, and its launcher.
+
+A program walks the sequence for one row of the state, or BD of its columns. A row's decay is one number per step: the
+tile of decays has a single column, whose 16 values every thread holds.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.walk import (
+    ROWS,
+    bits,
+    channels_last,
+    edges,
+    enter_segment,
+    gather_states,
+    load_tile,
+    plan,
+    rows,
+    store_tile,
+)
+from ssmscan.ops.matrix_scan.configs import FORWARD
+
+
+@triton.jit
+def load_decays(log_a, offset, exists, WHOLE: tl.constexpr):
+    """The decays of 16 steps, each of shape [1]; 1 where a step does not exist."""
+    pointers = log_a + offset[:, None] + tl.arange(0, 1)[None, :]
+    if WHOLE:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=exists[:, None], other=0.0)
+    return rows(tl.exp(tile), 1)
+
+
+@triton.jit
+def _tile(
+    x, log_a, h0, sequence, y, hn, states, h, product, x_step, a_step, direction, t, L, columns, R, C,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Walk the 16 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
+    t = tl.cast(t, tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
+    exists = t + row < L
+    if states is not None:
+        tl.store(states + t // 16 * R * C + columns, h, mask=columns < C)
+    xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+    decays = load_decays(log_a + t * a_step, row * a_step, exists, WHOLE)
+    if sequence is not None:
+        owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
+        starts = edges(sequence, t, row, direction, L, False)
+        first = bits(starts)
+        entering = gather_states(h0, owner, starts, first, columns, C, BD)
+    hs = ()
+    for i in tl.static_range(16):
+        if sequence is not None:
+            h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
+            product = tl.where((first >> i) & 1 != 0, 0.0, product)
+        h = decays[i] * h + xs[i].to(tl.float32)
+        product *= decays[i]
+        hs = hs + (h,)
+    if not SUMMARY:
+        step = direction * R * C
+        store_tile(y + t * step, row * step, exists, hs, columns, C, BD, EVEN, WHOLE)
+        if sequence is not None:
+            ends = edges(sequence, t, row, direction, L, True)
+            if bits(ends) != 0:
+                store_tile(hn, owner * C, ends, hs, columns, C, BD, False, False)
+    return h, product
+
+
+@kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
+def matrix_scan_forward(
+    x, log_a, h0, sequence, y, hn, states, products, totals,
+    L, R, C, length, segments, blocks, direction,
+    x_batch, x_time, x_row, a_batch, a_time, a_row,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """H = exp(log_a)·H + X over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
+    walker = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    inside = columns < C
+    batch = (walker // R).to(tl.int64)
+    matrix_row = (walker % R).to(tl.int64)
+    segment = tl.program_id(1)
+    begin = segment * length
+    end = min(begin + length, L)
+    whole = begin + (end - begin) // 16 * 16
+    summary_row = walker.to(tl.int64) * segments * C
+
+    # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
+    origin = tl.where(direction < 0, L - 1, 0).to(tl.int64)
+    x += batch * x_batch + matrix_row * x_row + origin * x_time
+    log_a += batch * a_batch + matrix_row * a_row + origin * a_time
+    if sequence is not None:
+        # The states of a packed sequence are found from its number.
+        sequence += origin
+        h0 += matrix_row * C
+    if not SUMMARY:
+        y += ((batch * L + origin) * R + matrix_row) * C
+        hn += matrix_row * C
+    if states is not None:
+        states += (batch * tl.cdiv(L, 16) * R + matrix_row) * C
+
+    h = tl.zeros((BD,), tl.float32)
+    product = tl.full((1,), 1.0, tl.float32)
+    if not SUMMARY:
+        if h0 is not None and sequence is None:
+            h = tl.load(h0 + (batch * R + matrix_row) * C + columns, mask=inside, other=0.0).to(tl.float32)
+        if products is not None:
+            h = enter_segment(
+                h, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
+                columns, C, BD, False,
+            )  # fmt: skip
+    for t in tl.range(begin, whole, 16, num_stages=STAGES):
+        h, product = _tile(
+            x, log_a, h0, sequence, y, hn, states, h, product, direction * x_time, direction * a_time, direction,
+            t, L, columns, R, C, SUMMARY, BD, EVEN, True,
+        )  # fmt: skip
+    if whole < end:
+        h, product = _tile(
+            x, log_a, h0, sequence, y, hn, states, h, product, direction * x_time, direction * a_time, direction,
+            whole, L, columns, R, C, SUMMARY, BD, EVEN, False,
+        )  # fmt: skip
+
+    if SUMMARY:
+        row = summary_row + segment.to(tl.int64) * C + columns
+        tl.store(products + row, product + tl.zeros((BD,), tl.float32), mask=inside)
+        tl.store(totals + row, h, mask=inside)
+    elif sequence is None:
+        tl.store(hn + batch * R * C + columns, h, mask=inside & (end == L))
+
+
+def forward(
+    x: Tensor, log_a: Tensor, h0: Tensor | None, sequence: Tensor | None, reverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the final state, and with ``save`` the state before every 16th step."""
+    batch, l, r, c = x.shape
+    y = x.new_empty(batch, l, r, c)
+    # Packed: an empty sequence keeps its initial state, the kernel writes the others.
+    hn = x.new_empty(batch, r, c, dtype=torch.float32) if sequence is None else h0.to(torch.float32, copy=True)
+    states = x.new_empty(batch, -(-l // ROWS), r, c, dtype=torch.float32) if save else None
+    if batch * r * c == 0:
+        return y, hn, states
+    # Elements of four bytes can be loaded ahead, narrower ones that are not adjacent cannot.
+    x, log_a = channels_last(x), log_a.float()
+    h0 = None if h0 is None else h0.contiguous()
+    config = FORWARD[x.dtype.itemsize, c > 32, sequence is not None]
+    blocks, length, segments = plan(batch * r, l, c, config.BD, config.warps)
+    integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *x.stride()[:3], *log_a.stride())
+    constants = (config.BD, c % config.BD == 0, config.stages)
+    products = totals = None
+    if segments > 1:
+        products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
+        # Nothing enters after the last segment, so it needs no summary.
+        matrix_scan_forward.launch(
+            (batch * r * blocks, segments - 1, 1),
+            (x, log_a, h0, sequence, None, None, None, products, totals),
+            integers,
+            (True, *constants),
+            config.warps,
+        )
+    matrix_scan_forward.launch(
+        (batch * r * blocks, segments, 1),
+        (x, log_a, h0, sequence, y, hn, states, products, totals),
+        integers,
+        (False, *constants),
+        config.warps,
+    )
+    return y, hn, states

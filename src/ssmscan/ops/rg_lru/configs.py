@@ -1,0 +1,14 @@
+"""The launch configurations of rg_lru's kernels, measured on an H200."""
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    BD: int  # channels of a program: 32 · warps, so that a thread holds one
+    warps: int
+    stages: int  # tiles in flight
+
+
+# By the bytes of an element of x.
+FORWARD = {2: Config(32, 1, 5), 4: Config(64, 2, 3)}
+BACKWARD = {2: Config(32, 1, 4), 4: Config(64, 2, 2)}

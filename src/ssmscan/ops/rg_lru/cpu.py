@@ -1,0 +1,197 @@
+"""Numba kernels: one thread walks the sequence for one batch row and a range of channels.
+
+Gates, decays and square roots are PyTorch's, which computes exponentials in vectors. Each inner loop runs along the
+channels and writes one array, so that the compiler vectorises it too. A state row belongs to a sequence, so packing
+needs no special case.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit
+from torch import Tensor
+
+from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops.rg_lru.autograd import SPAN
+from ssmscan.shapes import state_dtype
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _row(array, strides, i, t, first, end):
+    start = i * strides[0] + t * strides[1]
+    return array[start + first : start + end]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first, end):
+    for k in range(l):
+        t = l - 1 - k if reverse else k
+        hr = h[i if owner.size == 0 else owner[t], first:end]
+        if states.size > 0 and k % SPAN == 0:
+            states[i, k // SPAN, first:end] = hr
+        xr = _row(x, strides[0], i, t, first, end)
+        gir = _row(gi, strides[1], i, t, first, end)
+        ar = _row(a, strides[2], i, t, first, end)
+        sr = _row(gain, strides[3], i, t, first, end)
+        yr = y[i, t, first:end]
+        for j in range(end - first):
+            hr[j] = ar[j] * hr[j] + sr[j] * gir[j] * xr[j]
+        for j in range(end - first):
+            yr[j] = hr[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _backward(
+    x, gi, a, gain, gr, dy, strides, rate, owner, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
+):
+    width = end - first
+    # Before each step, after its decay.
+    decayed = np.empty((SPAN, width), g.dtype)
+    h, slope, dlog_a = np.empty(width, g.dtype), np.zeros(width, g.dtype), np.empty(width, g.dtype)
+    # Of the arrays' own type, lest the arithmetic widen.
+    one, limit = g.dtype.type(1), g.dtype.type(1e-3)
+    rates = rate[first:end]
+    for span in range((l + SPAN - 1) // SPAN - 1, -1, -1):
+        start, stop = span * SPAN, min((span + 1) * SPAN, l)
+        h[:] = states[i, span, first:end]
+        for k in range(start, stop):
+            t = l - 1 - k if reverse else k
+            if owner.size > 0 and k > start and owner[t] != owner[t + 1 if reverse else t - 1]:
+                h[:] = h0[owner[t], first:end]
+            xr = _row(x, strides[0], i, t, first, end)
+            gir = _row(gi, strides[1], i, t, first, end)
+            ar = _row(a, strides[2], i, t, first, end)
+            sr = _row(gain, strides[3], i, t, first, end)
+            hr = decayed[k - start]
+            for j in range(width):
+                hr[j] = ar[j] * h[j]
+            for j in range(width):
+                h[j] = hr[j] + sr[j] * gir[j] * xr[j]
+        for k in range(stop - 1, start - 1, -1):
+            t = l - 1 - k if reverse else k
+            gs, hr = g[i if owner.size == 0 else owner[t], first:end], decayed[k - start]
+            xr = _row(x, strides[0], i, t, first, end)
+            gir = _row(gi, strides[1], i, t, first, end)
+            ar = _row(a, strides[2], i, t, first, end)
+            sr = _row(gain, strides[3], i, t, first, end)
+            grr = _row(gr, strides[4], i, t, first, end)
+            dyr = _row(dy, strides[5], i, t, first, end)
+            for j in range(width):
+                gs[j] += dyr[j]
+            if dx.size > 0:
+                dxr = dx[i, t, first:end]
+                for j in range(width):
+                    dxr[j] = gs[j] * sr[j] * gir[j]
+            if di.size > 0:
+                dir_ = di[i, t, first:end]
+                for j in range(width):
+                    dir_[j] = gs[j] * sr[j] * xr[j] * gir[j] * (one - gir[j])
+            for j in range(width):
+                dlog_a[j] = gs[j] * (hr[j] - xr[j] * gir[j] * ar[j] * ar[j] / max(sr[j], limit))
+            if dr.size > 0:
+                drr = dr[i, t, first:end]
+                for j in range(width):
+                    drr[j] = -rates[j] * dlog_a[j] * grr[j] * (one - grr[j])
+            for j in range(width):
+                slope[j] += dlog_a[j] * grr[j]
+            for j in range(width):
+                gs[j] *= ar[j]
+    slopes[i, first:end] = slope
+
+
+def forward(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    a_param: Tensor,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, l, d = x.shape
+    dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
+    h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
+    y = empty(batch, l, d, dtype=dtype)
+    states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
+    gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype))
+    inputs, strides = rows((x, gi, a, gain), x.shape, dtype)
+    run(
+        _forward,
+        split(batch, d),
+        *inputs,
+        strides,
+        _owner(sequence),
+        h.numpy(),
+        y.numpy(),
+        states.numpy(),
+        l,
+        reverse,
+    )
+    return y.to(x.dtype), h, states
+
+
+def backward(
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    a_param: Tensor,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    reverse: bool,
+    states: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    batch, l, d = x.shape
+    dtype = states.dtype
+    rate = _rate(a_param, dtype)
+    gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate)
+    inputs, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
+    shape = (batch if h0 is None else h0.shape[0], d)
+    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
+    start = empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
+    dx, di, dr = (empty(batch if need else 0, l, d, dtype=dtype) for need in needs[:3])
+    slopes = empty(batch, d, dtype=dtype)
+    run(
+        _backward,
+        split(batch, d),
+        *inputs,
+        strides,
+        rate.numpy(),
+        _owner(sequence),
+        start.numpy(),
+        states.numpy(),
+        g.numpy(),
+        *(v.numpy() for v in (dx, di, dr, slopes)),
+        l,
+        reverse,
+    )
+    da_param = empty(d if needs[3] else 0, dtype=dtype)
+    if needs[3]:
+        torch.mul(slopes.sum(0), -8 * a_param.to(dtype).sigmoid(), out=da_param)
+    return (
+        dx.to(x.dtype),
+        di.to(input_gate.dtype),
+        dr.to(recurrence_gate.dtype),
+        da_param.to(a_param.dtype),
+        g if h0 is not None else g[:0],
+    )
+
+
+def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
+    """How fast the state of each channel decays while its gate is open."""
+    return 8 * F.softplus(a_param.to(dtype))
+
+
+def _gates(input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both gates open, a and √(1 − a²)."""
+    gi, gr = input_gate.to(rate.dtype).sigmoid(), recurrence_gate.to(rate.dtype).sigmoid()
+    log_a = -rate * gr
+    return gi, gr, log_a.exp(), (2 * log_a).expm1_().neg_().sqrt_()
+
+
+def _owner(sequence: Tensor | None) -> np.ndarray:
+    """The sequence number of each token; empty without packing."""
+    return np.empty(0, np.int32) if sequence is None else sequence.numpy()

@@ -1,0 +1,145 @@
+"""rg_lru: the real-gated linear recurrent unit of Griffin and Hawk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.rg_lru import autograd, chunked, reference
+from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def rg_lru(
+    x: Float[Tensor, "b l d"],
+    input_gate: Float[Tensor, "b l d"],
+    recurrence_gate: Float[Tensor, "b l d"],
+    a_param: Float[Tensor, " d"],
+    *,
+    h0: Float[Tensor, "b d"] | None = None,
+    reverse: bool = False,
+    cu_seqlens: Int[Tensor, " s+1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"]]:
+    """Run a linear recurrence whose decay and input are gated, and whose states keep the size of the inputs.
+
+    .. math::
+        \\log a_t = -8 \\, \\sigma(r_t) \\, \\mathrm{softplus}(\\Lambda), \\qquad
+        h_t = a_t h_{t-1} + \\sqrt{1 - a_t^2} \\; \\sigma(i_t) \\, x_t, \\qquad y_t = h_t
+
+    The derivative of the square root in log a, -a²/sqrt(1 - a²), has no limit as a reaches 1; it is bounded by 1000,
+    which takes effect where 1 - a is below 5e-7.
+
+    Args:
+        x: input, (b, l, d), float32, bfloat16 or float16 (float64 off the Triton backend).
+        input_gate: the gate i of the input before its sigmoid, (b, l, d).
+        recurrence_gate: the gate r of the recurrence before its sigmoid, (b, l, d).
+        a_param: the parameter Λ of each channel, (d,): at an open gate its decay is sigmoid(-Λ)^8. float32 is
+            recommended.
+        h0: initial state, (b, d), or (s, d) with ``cu_seqlens``; None is zero. The first token is as any other: its
+            input is scaled by sqrt(1 - a²) even if there is no state before it, which Griffin's published code
+            leaves out there.
+        reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
+            the one at the left end.
+        cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
+            length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
+            it; they turn the outputs into NaN.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
+
+    Returns:
+        y, (b, l, d) in x's dtype, and the final state, (b, d) or (s, d), in float32 (float64 when an input is).
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or ``cu_seqlens`` not an integer one.
+        ValueError: a wrong shape, device or backend name, or bad ``cu_seqlens``.
+        RuntimeError: the named backend cannot run here.
+
+    The recurrence is that of De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention" (2024),
+    section 2.4, with c = 8.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import rg_lru
+        >>> x, gate = torch.ones(1, 3, 1), torch.zeros(1, 3, 1)
+        >>> y, h = rg_lru(x, gate, gate, torch.tensor([-2.0]))
+        >>> [round(v, 3) for v in y.flatten().tolist()]
+        [0.399, 0.64, 0.784]
+    """
+    _check("rg_lru", "b, l, d", x, input_gate, recurrence_gate, a_param, h0)
+    batch, l, d = x.shape
+    dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
+    implementation = choose("rg_lru", backend, x.device.type, dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens("rg_lru", cu_seqlens, batch, l, x.device)
+        batch = cu_seqlens.shape[0] - 1
+    check_shape("rg_lru", "h0", h0, "b, d" if cu_seqlens is None else "s, d", (batch, d), "x and cu_seqlens")
+    sequence = None
+    if cu_seqlens is not None:
+        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0)
+    arguments = (x, input_gate, recurrence_gate, a_param, h0, sequence, reverse)
+    if implementation == "reference":
+        return reference.rg_lru(*arguments)
+    if implementation == "torch":
+        return chunked.rg_lru(*arguments)
+    return autograd.rg_lru(*arguments, implementation)
+
+
+def rg_lru_step(
+    x: Float[Tensor, "b d"],
+    input_gate: Float[Tensor, "b d"],
+    recurrence_gate: Float[Tensor, "b d"],
+    a_param: Float[Tensor, " d"],
+    *,
+    h: Float[Tensor, "b d"],
+) -> Float[Tensor, "b d"]:
+    """Advance :func:`rg_lru` by one token, updating the state in place.
+
+    .. math:: h \\leftarrow a h + \\sqrt{1 - a^2} \\; \\sigma(i) \\, x, \\qquad y = h
+
+    Args:
+        x, input_gate, recurrence_gate: as in :func:`rg_lru`, without the length: (b, d).
+        a_param: as in :func:`rg_lru`, (d,).
+        h: the state, (b, d), float32 or float64. Overwritten with the next state.
+
+    Returns:
+        y, (b, d), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`rg_lru`.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import rg_lru_step
+        >>> h, gate = torch.zeros(1, 1), torch.zeros(1, 1)
+        >>> y = rg_lru_step(torch.ones(1, 1), gate, gate, torch.tensor([-2.0]), h=h)
+        >>> round(y.item(), 3), round(h.item(), 3)
+        (0.399, 0.399)
+    """
+    _check("rg_lru_step", "b, d", x, input_gate, recurrence_gate, a_param, h)
+    dtype = state_dtype(x, input_gate, recurrence_gate, a_param)
+    check_state("rg_lru_step", "h", h, "b, d", tuple(x.shape), dtype)
+    return chunked.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
+
+
+def _check(
+    function: str,
+    axes: str,
+    x: Tensor,
+    input_gate: Tensor,
+    recurrence_gate: Tensor,
+    a_param: Tensor,
+    h: Tensor | None,
+) -> None:
+    """Refuse what is not a scan."""
+    gates = {"input_gate": input_gate, "recurrence_gate": recurrence_gate}
+    state = "h" if function.endswith("step") else "h0"
+    check_tensors(function, {"x": x, **gates, "a_param": a_param, state: h})
+    check_rank(function, "x", x, axes)
+    for name, gate in gates.items():
+        check_shape(function, name, gate, axes, x.shape, "x")
+    check_shape(function, "a_param", a_param, "d", x.shape[-1:], "x")
