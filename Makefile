@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/ssmscan train --config recipes/demo.yaml
 
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -n auto -m "not gpu and not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -85,14 +85,14 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 
 
 def test_import_is_quick():
-    """Over that of PyTorch, the best of five processes."""
+    """Over that of PyTorch, in the best of up to five processes."""
     code = """
 import time, torch
 start = time.perf_counter()
 import ssmscan
 print(time.perf_counter() - start)
 """
-    assert min(float(_python(code)) for _ in range(5)) < 0.1
+    assert any(float(_python(code)) < 0.1 for _ in range(5))
 
 
 def test_without_triton_and_numba():

@@ -45,6 +45,8 @@ class Option:
     # Tensors that replace those of the case, as for other shapes or a complex argument.
     inputs: Inputs | None = None
     lacks: tuple[Feature, ...] = ()
+    # Where it runs, when not on all backends of the operation.
+    backends: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return f"Option({self.name!r})"
@@ -106,6 +108,8 @@ class OpCase:
     sequence: tuple[str, ...]
     # Those of them whose further axes are the first ones of y's: an element reaches y only at its own indices there.
     channelwise: tuple[str, ...] = ("x",)
+    # x may have any leading axes, not only (b, l).
+    leading: bool = False
     # Arguments that stay float32 when the others are bfloat16 or float16.
     wide: tuple[str, ...] = ()
     # The state's shape after its first axis; None when the operation returns y alone.
@@ -267,7 +271,7 @@ def widest(backend: str) -> torch.dtype:
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def rms_ratio(value: Tensor, oracle: Tensor) -> float:

@@ -8,8 +8,9 @@ The mark `grid` changes the choice: ``needs`` names features that the operation 
 option only, ``every_size`` takes more than the first size, ``cuda_only`` leaves out the CPU, and ``backends``,
 ``dtypes`` and ``settings`` replace what would be tried.
 
-Triton's interpreter is slow. Of its rows only some are not marked `slow`: of the first option those in which each value
-of an argument occurs, or with ``pairs=True``, of all options, those in which each pair of values occurs.
+Triton's interpreter is slow. Of its rows those are marked `slow` that ``interpret`` does not ask for: "first", when
+nothing is said, takes a few rows of the first option, in which each value of an argument occurs; "values" such rows of
+all options; "pairs" so many that each pair of values occurs; "none" leaves to the GPU what follows from other tests.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ SETTINGS = (
 
 # A failing example names its case, where Hypothesis would write out all of its fields.
 for kind in (OpCase, Option):
-    kind._repr_pretty_ = lambda self, printer, cycle: printer.text(repr(self))  # type: ignore[attr-defined]
+    kind._repr_pretty_ = lambda self, printer, cycle: printer.text(repr(self))  # type: ignore[union-attr]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,14 +58,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("grid")
     names = [name for name in AXES if name in metafunc.fixturenames]
     wanted = dict(marker.kwargs) if marker else {}
-    pairs = wanted.pop("pairs", False)
+    interpret = wanted.pop("interpret", "first")
     # One row for each combination of what the test takes.
     rows = {tuple(_label(name, row[name]) for name in names): row for row in _rows(set(names), **wanted)}
-    quick = {
-        labels
-        for case in CASES
-        for labels in _cover([ls for ls, row in rows.items() if row["case"] is case and _is_quick(row, pairs)], pairs)
-    }
+    quick = {labels for case in CASES for labels in _quick(rows, case, interpret)}
     metafunc.parametrize(
         names,
         [
@@ -78,22 +75,21 @@ def _is_interpreted(row: Row) -> bool:
     return row["backend"] == "triton" and row["device"] == "cpu"
 
 
-def _is_quick(row: Row, pairs: bool) -> bool:
-    return _is_interpreted(row) and (pairs or row["option"] is row["case"].options[0])
-
-
 def _marks(row: Row, quick: bool) -> list[pytest.MarkDecorator]:
     if row["device"] == "cuda":
         return [pytest.mark.gpu]
     return [pytest.mark.slow] if _is_interpreted(row) and not quick else []
 
 
-def _cover(rows: list[tuple[str, ...]], pairs: bool) -> Iterator[tuple[str, ...]]:
-    """A few rows in which every value (or pair of values) of ``rows`` occurs: the one with most new ones next."""
-    parts = {row: set(combinations(enumerate(row), 2 if pairs else 1)) for row in rows}
-    missing = set().union(*parts.values())
+def _quick(rows: dict[tuple[str, ...], Row], case: OpCase, interpret: str) -> Iterator[tuple[str, ...]]:
+    """The interpreted rows of ``case`` that are not slow: always the one with most values (or pairs) not yet seen."""
+    chosen = {labels: row for labels, row in rows.items() if row["case"] is case and _is_interpreted(row)}
+    if interpret == "first":
+        chosen = {labels: row for labels, row in chosen.items() if row["option"] is case.options[0]}
+    parts = {labels: set(combinations(enumerate(labels), 2 if interpret == "pairs" else 1)) for labels in chosen}
+    missing = set().union(*parts.values()) if interpret != "none" else set()
     while missing:
-        best = max(rows, key=lambda row: len(parts[row] & missing))
+        best = max(parts, key=lambda labels: len(parts[labels] & missing))
         missing -= parts[best]
         yield best
 
@@ -113,7 +109,7 @@ def _rows(
         for option in case.options[:1] if first else case.options:
             if not case.has(option, *needs):
                 continue
-            for backend, device in _places(case, backends, not cuda_only, "device" in names):
+            for backend, device in _places(case, option, backends, not cuda_only, "device" in names):
                 row = {"case": case, "option": option, "backend": backend, "device": device}
                 for dtype in dtypes or _dtypes(backend):
                     for setting, size in _runs(case, option, settings, every_size, device):
@@ -124,14 +120,19 @@ def _rows(
                                     yield row | {"extreme": extreme, "reverse": reverse, "packed": packed}
 
 
-def _places(case: OpCase, backends: tuple[str, ...] | None, cpu: bool, cuda: bool) -> Iterator[tuple[str, str]]:
+def _places(
+    case: OpCase, option: Option, backends: tuple[str, ...] | None, cpu: bool, cuda: bool
+) -> Iterator[tuple[str, str]]:
     """Backends and devices. Those that cannot run on this CPU are left out, as "auto" does."""
-    wanted = case.backends if backends is None else backends
+    able = ("reference", *(case.backends if option.backends is None else option.backends))
+    wanted = [backend for backend in (case.backends if backends is None else backends) if backend in able]
     for backend in wanted:
         if cpu and available.why_not(backend, "cpu", torch.float32) is None:
             yield backend, "cpu"
-    if cuda and "triton" in wanted:
-        yield "triton", "cuda"
+    # Without kernels of its own an option runs in PyTorch there.
+    fastest = "triton" if "triton" in able else "torch"
+    if cuda and fastest in wanted:
+        yield fastest, "cuda"
 
 
 def _dtypes(backend: str) -> tuple[torch.dtype, ...]:

@@ -47,9 +47,14 @@ class _Guards:
         def empty_like(tensor, dtype=None, device=None, **_):
             return empty(*tensor.shape, dtype=dtype or tensor.dtype, device=device or tensor.device)
 
+        def from_numpy(array):
+            """Numba's outputs, which come from NumPy's empty."""
+            return empty(*array.shape, dtype=torch.float64 if array.dtype == "float64" else torch.float32)
+
         with ExitStack() as stack:
             for place, name, make in (
                 (torch, "empty", empty),
+                (torch, "from_numpy", from_numpy),
                 (torch, "zeros", lambda *shape, **keywords: empty(*shape, **keywords).zero_()),
                 (torch, "empty_like", empty_like),
                 (torch, "zeros_like", lambda tensor, **keywords: empty_like(tensor, **keywords).zero_()),

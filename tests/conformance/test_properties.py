@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ssmscan.testing import Setting, assert_close, assert_same_bits, differentiate, same_bits, widest
 
 SEEDS = st.integers(0, 2**16)
-LENGTHS = st.lists(st.sampled_from((0, 1, 2, 15, 16, 17)), min_size=1, max_size=4).map(tuple)
+LENGTHS = st.lists(st.sampled_from((0, 1, 2, 15, 16, 17)), min_size=1, max_size=3).map(tuple)
 
 
 def _setting(case, option, **wanted):
@@ -18,7 +18,7 @@ def _setting(case, option, **wanted):
     return Setting("drawn", h0=case.has(option, "h0"), **wanted)
 
 
-@pytest.mark.grid(needs=("linear",))
+@pytest.mark.grid(needs=("linear",), interpret="none")
 @given(seed=SEEDS, factor=st.floats(-4, 4))
 def test_linear(case, option, backend, device, size, seed, factor):
     setting = _setting(case, option)
@@ -48,7 +48,7 @@ def test_causal(case, option, backend, device, size, reverse, seed, data):
     assert not torch.equal(before[:, t], after[:, t])
 
 
-@pytest.mark.grid(needs=("h0", "split"))
+@pytest.mark.grid(needs=("h0", "split"), interpret="none")
 @given(seed=SEEDS, data=st.data())
 def test_split_and_carry(case, option, backend, device, size, reverse, seed, data):
     """Two pieces, the second from the state that the first left; gradients flow back through that state."""
@@ -66,7 +66,7 @@ def test_split_and_carry(case, option, backend, device, size, reverse, seed, dat
     assert_close(differentiate(in_pieces, call), call.differentiate(backend), widest(backend))
 
 
-@pytest.mark.grid(needs=("reverse",))
+@pytest.mark.grid(needs=("reverse",), interpret="none")
 @given(seed=SEEDS, lengths=st.none() | LENGTHS)
 def test_reverse_is_flipped(case, option, backend, device, size, seed, lengths):
     if lengths is not None and not case.has(option, "cu_seqlens"):
@@ -106,7 +106,7 @@ def test_packed_is_separate(case, option, backend, device, size, reverse, seed, 
     assert_close(differentiate(separately, call), call.differentiate(backend), widest(backend))
 
 
-@pytest.mark.grid(first=True)
+@pytest.mark.grid(first=True, interpret="none")
 @given(seed=SEEDS)
 def test_batch_is_separate(case, option, backend, device, size, seed):
     call = case.call(option, size, _setting(case, option), seed).cast(widest(backend), device)
@@ -170,7 +170,7 @@ def test_documents_do_not_meet(case, option, backend, device, size, reverse, see
 @given(seed=SEEDS, data=st.data())
 def test_nan_stays_at_home(case, option, backend, device, size, reverse, packed, seed, data):
     """It appears in its own sequence, future and channel; all else keeps its bits, in the gradients too."""
-    setting = _setting(case, option, reverse=reverse, lengths=(3, 0, 17, 15) if packed else None)
+    setting = _setting(case, option, reverse=reverse, lengths=(3, 0, 17) if packed else None)
     call = case.call(option, size, setting, seed).cast(widest(backend), device)
     clean = call.differentiate(backend)
     batch, length = clean["y"].shape[:2]
@@ -183,7 +183,7 @@ def test_nan_stays_at_home(case, option, backend, device, size, reverse, packed,
 
     number = torch.zeros(length, dtype=torch.long)
     if packed:
-        number = torch.repeat_interleave(torch.arange(4), torch.tensor(setting.lengths))
+        number = torch.repeat_interleave(torch.arange(3), torch.tensor(setting.lengths))
     ours = number == number[t]
     future = torch.arange(length) <= t if reverse else torch.arange(length) >= t
     reached = torch.zeros(clean["y"].shape, dtype=torch.bool)

@@ -65,9 +65,9 @@ class GatedSSM(nn.Module):
         ValueError: a wrong argument or shape.
 
     The layer is the gated SSM of Blouir et al., "Birdie: Advancing State Space Models with Reward-Driven Objectives
-    and Curricula" (2024); the time constants follow Gu et al., "How to Train Your HiPPO" (2022), section 4.3, and the
-    scale of the input gate Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences" (2023),
-    section 3.4.
+    and Curricula" (2024). Time constants spread in the logarithm are those of S4, see Gu et al., "How to Train Your
+    HiPPO" (2022); the scale of the input gate is that of Orvieto et al., "Resurrecting Recurrent Neural Networks for
+    Long Sequences" (2023), section 3.4.
 
     Example:
         >>> import torch

@@ -1,5 +1,10 @@
 """Every operation's case, for the tests and the benchmarks."""
 
+from ssmscan.ops.causal_conv1d.case import CASE as CAUSAL_CONV1D
+from ssmscan.ops.gated_rms_norm.case import CASE as GATED_RMS_NORM
 from ssmscan.ops.linear_scan.case import CASE as LINEAR_SCAN
+from ssmscan.ops.matrix_scan.case import CASE as MATRIX_SCAN
+from ssmscan.ops.rg_lru.case import CASE as RG_LRU
+from ssmscan.ops.selective_scan.case import CASE as SELECTIVE_SCAN
 
-CASES = (LINEAR_SCAN,)
+CASES = (CAUSAL_CONV1D, GATED_RMS_NORM, LINEAR_SCAN, MATRIX_SCAN, RG_LRU, SELECTIVE_SCAN)

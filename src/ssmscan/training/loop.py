@@ -222,7 +222,7 @@ def _claim(folder: Path, config: TrainConfig) -> None:
 
 def _title(config: TrainConfig) -> str:
     task = config.task
-    return f"{task.name.replace('_', ' ')}: {task.data_tokens} of {task.symbols} symbols in {task.length} tokens"
+    return f"{task.name.replace('_', ' ')}: {task.data_tokens} data tokens of {task.symbols} symbols in {task.length}"
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def replace_text(path: Path, text: str) -> None:
 def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float | None) -> None:
     """Draw loss and accuracy over the steps, from the lines of a log, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     train = [line for line in lines if line["split"] == "train"]
     evals = [line for line in lines if line["split"] == "eval"]
@@ -121,6 +122,8 @@ def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float 
     left.plot(*_columns(train, "loss"), color=blue, alpha=0.45, linewidth=1, label="training batch")
     left.plot(*_columns(evals, "loss"), color=orange, marker="o", markersize=3.5, label="fresh data")
     left.set(title="loss (nats per answer token)", xlabel="step", yscale="log")
+    left.yaxis.set_major_formatter(LogFormatter())
+    left.yaxis.set_minor_formatter(LogFormatter())
     left.legend(frameon=False)
 
     right.plot(*_columns(evals, "accuracy"), color=orange, marker="o", markersize=3.5, label="fresh data")

@@ -1,0 +1,173 @@
+"""causal_conv1d: a short depthwise convolution over the past, with an optional SiLU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.causal_conv1d import autograd, chunked, reference
+from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.registration import needs_grad
+from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+WIDEST = 8
+
+
+def causal_conv1d(
+    x: Float[Tensor, "b l d"],
+    weight: Float[Tensor, "d w"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    activation: str | None = None,
+    h0: Float[Tensor, "b w-1 d"] | None = None,
+    reverse: bool = False,
+    cu_seqlens: Int[Tensor, " s+1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b w-1 d"]]:
+    """Convolve each channel with its own short kernel over the present and the last w - 1 inputs.
+
+    .. math:: y_t = \\mathrm{act}\\Big(\\mathrm{bias} + \\sum_{k=0}^{w-1} \\mathrm{weight}_k \\, x_{t-(w-1)+k}\\Big)
+
+    The last column of ``weight`` meets the present input, as in a ``torch.nn.Conv1d`` with padding on the left. The
+    state holds the last w - 1 inputs, the oldest first.
+
+    Args:
+        x: input, (b, l, d), float32, bfloat16 or float16 (float64 off the Triton backend).
+        weight: the kernels, (d, w), with a width w of 2 to 8.
+        bias: (d,); None is 0.
+        activation: "silu" for z·σ(z), or None.
+        h0: the inputs before the first one, (b, w - 1, d), or (s, w - 1, d) with ``cu_seqlens``; None is zeros.
+        reverse: run from the right end to the left: y_t then depends on x_t and the w - 1 inputs to its right. ``h0``
+            holds what lies beyond the right end, and the returned state is that of the left end. Both are in scan
+            order: the row next to the sequence comes last.
+        cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
+            length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
+            it; they turn the outputs into NaN.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
+
+    Returns:
+        y, (b, l, d) in x's dtype, and the final state, (b, w - 1, d) or (s, w - 1, d), in float32 (float64 when an
+        input is). After fewer than w - 1 inputs it still holds rows of ``h0``.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or ``cu_seqlens`` not an integer one.
+        ValueError: a wrong shape, width, device, activation or backend name, or bad ``cu_seqlens``.
+        RuntimeError: the named backend cannot run here.
+
+    The convolution before the scan of Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces"
+    (2023), section 3.4.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import causal_conv1d
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1)
+        >>> y, h = causal_conv1d(x, torch.tensor([[10.0, 1.0]]))
+        >>> y.flatten().tolist(), h.flatten().tolist()
+        ([1.0, 12.0, 23.0], [3.0])
+    """
+    silu = _check("causal_conv1d", "b, l, d", x, weight, bias, activation, {"h0": h0})
+    batch, l, d = x.shape
+    w = weight.shape[1]
+    dtype = state_dtype(x, weight, bias, h0)
+    implementation = choose("causal_conv1d", backend, x.device.type, dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens("causal_conv1d", cu_seqlens, batch, l, x.device)
+        batch = cu_seqlens.shape[0] - 1
+    axes = "b, w-1, d" if cu_seqlens is None else "s, w-1, d"
+    check_shape("causal_conv1d", "h0", h0, axes, (batch, w - 1, d), "x, weight and cu_seqlens")
+    if cu_seqlens is None:
+        return _run(implementation, x, weight, bias, h0, None, None, silu, reverse)
+    # A state is forgotten after w - 1 tokens, so NaN for bad bounds has to come by the weight to reach every output.
+    sequence, poison = pack(cu_seqlens, l, x.new_zeros((), dtype=dtype))
+    bounds = torch.searchsorted(sequence, torch.arange(batch + 1, device=x.device, dtype=sequence.dtype))
+    y, h = _run(implementation, x, weight + poison, bias, h0, sequence, bounds, silu, reverse)
+    return y, h + poison
+
+
+def _run(
+    implementation: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    bounds: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Packed: each token's sequence number, and the first token of each sequence followed by the length."""
+    if implementation == "reference":
+        return reference.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
+    if implementation == "torch":
+        return chunked.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
+    return autograd.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse, implementation)
+
+
+def causal_conv1d_step(
+    x: Float[Tensor, "b d"],
+    weight: Float[Tensor, "d w"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    activation: str | None = None,
+    h: Float[Tensor, "b w-1 d"],
+) -> Float[Tensor, "b d"]:
+    """Advance :func:`causal_conv1d` by one token, updating the state in place.
+
+    .. math:: y = \\mathrm{act}\\Big(\\mathrm{bias} + \\sum_{k=0}^{w-2} \\mathrm{weight}_k h_k
+        + \\mathrm{weight}_{w-1} x\\Big), \\qquad h \\leftarrow (h_1, \\dots, h_{w-2}, x)
+
+    Args:
+        x: input, (b, d).
+        weight, bias, activation: as in :func:`causal_conv1d`.
+        h: the state, (b, w - 1, d), float32 or float64. Overwritten with the next state.
+
+    Returns:
+        y, (b, d), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`causal_conv1d`.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import causal_conv1d_step
+        >>> h = torch.tensor([1.0, 2.0]).view(1, 2, 1)
+        >>> y = causal_conv1d_step(torch.full((1, 1), 3.0), torch.tensor([[100.0, 10.0, 1.0]]), h=h)
+        >>> y.item(), h.flatten().tolist()
+        (123.0, [2.0, 3.0])
+    """
+    silu = _check("causal_conv1d_step", "b, d", x, weight, bias, activation, {"h": h})
+    dtype = state_dtype(x, weight, bias)
+    check_state("causal_conv1d_step", "h", h, "b, w-1, d", (x.shape[0], weight.shape[1] - 1, x.shape[1]), dtype)
+    if choose("causal_conv1d_step", "auto", x.device.type, dtype) == "triton" and not needs_grad(x, weight, bias, h):
+        return autograd.causal_conv1d_step(x, weight, bias, h, silu)
+    return reference.causal_conv1d_step(x, weight, bias, h, silu)
+
+
+def _check(
+    function: str,
+    axes: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: dict[str, Tensor | None],
+) -> bool:
+    """Refuse what is not a convolution; return whether SiLU follows it."""
+    check_tensors(function, {"x": x, "weight": weight, "bias": bias, **state})
+    check_rank(function, "x", x, axes)
+    check_rank(function, "weight", weight, "d, w")
+    d, w = x.shape[-1], weight.shape[1]
+    check_shape(function, "weight", weight, "d, w", (d, w), "x")
+    check_shape(function, "bias", bias, "d", (d,), "x")
+    if not 2 <= w <= WIDEST:
+        rule = f"weight must have a width w of 2 to {WIDEST}"
+        raise ValueError(error(function, rule, w, "Pass it as (d, w)."))
+    if activation not in (None, "silu"):
+        raise ValueError(error(function, 'activation must be None or "silu"', repr(activation)))
+    return activation == "silu"

@@ -1,0 +1,103 @@
+"""The backward of gated_rms_norm, and its launcher: every gradient in one pass, the norm computed again from x and z.
+
+With u the normalised input (x·silu(z), or x), n = u·r for r = 1/sqrt(mean(u²) + eps), and a the gradient of n,
+
+    du = r·(a − n·mean(a·n)),    dweight = Σ dy·n  (times silu(z) where the gate comes after).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops.gated_rms_norm.configs import BACKWARD, plan
+from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_rows, store_rows
+
+
+@kernel(do_not_specialize=["N"])
+def gated_rms_norm_backward(
+    x, weight, z, dy, dx, partial, dz,
+    N, GROUPS, SIZE, x_row, z_row, dy_row,
+    EPS: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx and dz of one group of every so many tiles, and their part of dweight; AFTER: the gate is behind the norm."""
+    group = tl.program_id(0) % GROUPS
+    walker = tl.program_id(0) // GROUPS
+    first = tl.cast(group, tl.int64) * SIZE
+    channels = tl.arange(0, PADDED)
+    inside = channels < SIZE
+    scale = tl.load(weight + first + channels, mask=inside, other=0.0).to(tl.float32)[None, :]
+    sums = tl.zeros((ROWS, PADDED), tl.float32)
+    for tile in tl.range(walker, tl.cdiv(N, ROWS), tl.num_programs(0) // GROUPS, num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        xs = load_rows(x + first, x_row, row, N, channels, SIZE, EVEN)
+        g = load_rows(dy + first, dy_row, row, N, channels, SIZE, EVEN)
+        u = xs
+        a = g
+        if z is not None:
+            v = load_rows(z + first, z_row, row, N, channels, SIZE, EVEN)
+            opening = sigmoid(v)
+            gate = v * opening
+            slope = opening * (1.0 + v * (1.0 - opening))
+            if AFTER:
+                a *= gate
+            else:
+                u *= gate
+        inverse = tl.rsqrt(tl.sum(u * u, 1) / SIZE + EPS)[:, None]
+        n = u * inverse
+        # The gradient of the scaled norm, before and after the scale.
+        sums += a * n
+        a *= scale
+        mean = tl.sum(a * u, 1)[:, None] * inverse / SIZE
+        du = inverse * (a - n * mean)
+        if z is not None:
+            if AFTER:
+                dv = g * n * scale * slope
+            else:
+                dv = du * xs * slope
+                du *= gate
+            if dz is not None:
+                store_rows(dz + first, GROUPS * SIZE, dv, row, N, channels, SIZE, EVEN)
+        if dx is not None:
+            store_rows(dx + first, GROUPS * SIZE, du, row, N, channels, SIZE, EVEN)
+    if partial is not None:
+        tl.store(partial + walker.to(tl.int64) * GROUPS * SIZE + first + channels, tl.sum(sums, 0), mask=inside)
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None,
+    dy: Tensor,
+    eps: float,
+    size: int,
+    norm_before_gate: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and z where ``needs`` says so, empty otherwise."""
+    dx, dweight, dz = (
+        t.new_empty(t.shape if need else (0,))
+        for t, need in zip((x, weight, x if z is None else z), needs, strict=True)
+    )
+    if x.numel() == 0:
+        return dx, dweight.zero_(), dz
+    x, dy, z = as_rows(x), as_rows(dy), None if z is None else as_rows(z)
+    n, d = x.shape
+    padded = triton.next_power_of_2(size)
+    row_bytes = padded * (2 * x.element_size() + (0 if z is None else z.element_size()))
+    groups, rows, walkers, warps, stages, registers = plan(BACKWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
+    partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
+    gated_rms_norm_backward.launch(
+        (groups * walkers, 1, 1),
+        (x, weight.contiguous(), z, dy, dx if needs[0] else None, partial, dz if needs[2] else None),
+        (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
+        (eps, norm_before_gate, rows, padded, size == padded, stages),
+        warps,
+        registers,
+    )
+    if partial is not None:
+        dweight.copy_(partial.sum(0))
+    return dx, dweight, dz

@@ -1,0 +1,82 @@
+"""gated_rms_norm: root-mean-square normalisation of groups of channels, gated before or after."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.gated_rms_norm import autograd, chunked, reference
+from ssmscan.shapes import check_shape, check_tensors, error, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "... d"],
+    weight: Float[Tensor, " d"],
+    z: Float[Tensor, "... d"] | None = None,
+    *,
+    eps: float = 1e-5,
+    group_size: int | None = None,
+    norm_before_gate: bool = False,
+    backend: str = "auto",
+) -> Float[Tensor, "... d"]:
+    """Normalise groups of channels by their root-mean-square, with a gate before or after it.
+
+    .. math::
+        \\mathrm{rms}(u) = \\frac{u}{\\sqrt{\\mathrm{mean}(u^2) + \\mathrm{eps}}}, \\qquad
+        y = \\mathrm{rms}(x \\, \\mathrm{silu}(z)) \\, \\mathrm{weight} \\quad \\text{or} \\quad
+        y = \\mathrm{rms}(x) \\, \\mathrm{weight} \\, \\mathrm{silu}(z)
+
+    The mean is taken in float32 (float64 for a float64 input). Squares below 1e-38 are lost there, beside an ``eps``
+    of any use; those of numbers above 1e19 overflow, and the row becomes 0.
+
+    Args:
+        x: input, (..., d), float32, bfloat16 or float16 (float64 off the Triton backend).
+        weight: scale of each channel, (d,).
+        z: gate before its SiLU, (..., d); None is no gate.
+        eps: added to the mean square, above 0. A row of zeros gives zeros, and finite gradients.
+        group_size: channels that share a mean, a divisor of d; None is all d.
+        norm_before_gate: take the second of the two forms. Without z they are the same.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
+
+    Returns:
+        y, (..., d), in x's dtype.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: a wrong shape, device or backend name, an ``eps`` that is not above 0, or a ``group_size`` that
+            does not divide d.
+        RuntimeError: the named backend cannot run here.
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); gated as in Dao and Gu, "Transformers are SSMs"
+    (2024), section 7.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import gated_rms_norm
+        >>> y = gated_rms_norm(torch.tensor([[3.0, -3.0, 1.0, 1.0]]), torch.ones(4), group_size=2)
+        >>> y.round(decimals=3).tolist()
+        [[1.0, -1.0, 1.0, 1.0]]
+    """
+    check_tensors("gated_rms_norm", {"x": x, "weight": weight, "z": z})
+    if x.dim() == 0:
+        raise ValueError(error("gated_rms_norm", "x must have shape (..., d)", "()"))
+    d = x.shape[-1]
+    check_shape("gated_rms_norm", "weight", weight, "d", (d,), "x")
+    check_shape("gated_rms_norm", "z", z, "..., d", x.shape, "x")
+    if not eps > 0:
+        raise ValueError(error("gated_rms_norm", "eps must be above 0", eps))
+    size = d if group_size is None else group_size
+    # No channels, no groups.
+    if d > 0 and (size <= 0 or d % size != 0):
+        raise ValueError(error("gated_rms_norm", f"group_size must divide d = {d}", group_size))
+    implementation = choose("gated_rms_norm", backend, x.device.type, state_dtype(x, weight, z))
+    if implementation == "reference":
+        return reference.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
+    if implementation == "torch":
+        return chunked.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
+    return autograd.gated_rms_norm(x, weight, z, eps, size, norm_before_gate, implementation)

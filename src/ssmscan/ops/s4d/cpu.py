@@ -1,0 +1,208 @@
+"""Numba kernels: one thread walks the sequence for one batch row and a few channels.
+
+Each inner loop runs along the channels, so that the compiler vectorises it: states and parameters lie in (n, d). They
+come as real and imaginary parts; of a real system the latter are empty. With c = w C (w = 2 for complex states, whose
+conjugates are left out, else 1)
+
+    h_t = a h_{t-1} + b x_t,    y_t = Re(c h_t) + D x_t.
+"""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.ops.s4d.system import weight
+
+# Steps whose states the backward recomputes at once.
+SPAN = 32
+# Channels of a part: its states and parameters stay in the processor's inner caches.
+WIDEST = 64
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _row(array, strides, i, t, first, end):
+    start = i * strides[0] + t * strides[1]
+    return array[start + first : start + end]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _part(array, first, end):
+    """The channels of (m, n, d), contiguous."""
+    return np.ascontiguousarray(array[:, :, first:end])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _advance(a, b, h, x, width):
+    """One step of the states h, (parts, n, width)."""
+    for k in range(a.shape[1]):
+        if a.shape[0] == 1:
+            for j in range(width):
+                h[0, k, j] = a[0, k, j] * h[0, k, j] + b[0, k, j] * x[j]
+        else:
+            for j in range(width):
+                real, imaginary = h[0, k, j], h[1, k, j]
+                h[0, k, j] = a[0, k, j] * real - a[1, k, j] * imaginary + b[0, k, j] * x[j]
+                h[1, k, j] = a[0, k, j] * imaginary + a[1, k, j] * real + b[1, k, j] * x[j]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _forward(x, strides, a, b, c, skip, h, y, l, i, first, end):
+    width = end - first
+    a, b, c = _part(a, first, end), _part(b, first, end), _part(c, first, end)
+    s = _part(h[i], first, end)
+    for t in range(l):
+        xr = _row(x, strides[0], i, t, first, end)
+        yr = y[i, t, first:end]
+        _advance(a, b, s, xr, width)
+        for j in range(width):
+            yr[j] = skip[first + j] * xr[j]
+        for k in range(a.shape[1]):
+            if a.shape[0] == 1:
+                for j in range(width):
+                    yr[j] += c[0, k, j] * s[0, k, j]
+            else:
+                for j in range(width):
+                    yr[j] += c[0, k, j] * s[0, k, j] - c[1, k, j] * s[1, k, j]
+    h[i, :, :, first:end] = s
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _backward(x, dy, strides, a, b, c, skip, h0, g, dx, da, db, dc, dskip, l, i, first, end):
+    """``g`` comes in as the gradient of the final state and leaves as that of the initial one."""
+    width = end - first
+    a, b, c = _part(a, first, end), _part(b, first, end), _part(c, first, end)
+    parts, n = a.shape[:2]
+    spans = (l + SPAN - 1) // SPAN
+    starts = np.empty((spans, parts, n, width), a.dtype)
+    states = np.empty((SPAN + 1, parts, n, width), a.dtype)
+    s, gs = _part(h0[i], first, end), _part(g[i], first, end)
+    for span in range(spans):
+        starts[span] = s
+        for t in range(span * SPAN, min((span + 1) * SPAN, l)):
+            _advance(a, b, s, _row(x, strides[0], i, t, first, end), width)
+    total = np.zeros((3, parts, n, width), a.dtype)
+    for span in range(spans - 1, -1, -1):
+        begin, stop = span * SPAN, min((span + 1) * SPAN, l)
+        states[0] = starts[span]
+        for t in range(begin, stop):
+            states[t - begin + 1] = states[t - begin]
+            _advance(a, b, states[t - begin + 1], _row(x, strides[0], i, t, first, end), width)
+        # Summed by span first, which loses less of many small terms.
+        sums = np.zeros((3, parts, n, width), a.dtype)
+        for t in range(stop - 1, begin - 1, -1):
+            before, after = states[t - begin], states[t - begin + 1]
+            xr, dyr = _row(x, strides[0], i, t, first, end), _row(dy, strides[1], i, t, first, end)
+            dxr, dskipr = dx[i, t, first:end], dskip[i, first:end]
+            for j in range(width):
+                dxr[j] = skip[first + j] * dyr[j]
+                dskipr[j] += xr[j] * dyr[j]
+            for k in range(n):
+                if parts == 1:
+                    for j in range(width):
+                        gs[0, k, j] += c[0, k, j] * dyr[j]
+                        sums[0, 0, k, j] += gs[0, k, j] * before[0, k, j]
+                        sums[1, 0, k, j] += gs[0, k, j] * xr[j]
+                        sums[2, 0, k, j] += after[0, k, j] * dyr[j]
+                    for j in range(width):
+                        dxr[j] += b[0, k, j] * gs[0, k, j]
+                    for j in range(width):
+                        gs[0, k, j] *= a[0, k, j]
+                else:
+                    for j in range(width):
+                        gs[0, k, j] += c[0, k, j] * dyr[j]
+                        gs[1, k, j] -= c[1, k, j] * dyr[j]
+                    for j in range(width):
+                        sums[0, 0, k, j] += gs[0, k, j] * before[0, k, j] + gs[1, k, j] * before[1, k, j]
+                        sums[0, 1, k, j] += gs[1, k, j] * before[0, k, j] - gs[0, k, j] * before[1, k, j]
+                    for j in range(width):
+                        sums[1, 0, k, j] += gs[0, k, j] * xr[j]
+                        sums[1, 1, k, j] += gs[1, k, j] * xr[j]
+                    for j in range(width):
+                        sums[2, 0, k, j] += after[0, k, j] * dyr[j]
+                        sums[2, 1, k, j] -= after[1, k, j] * dyr[j]
+                    for j in range(width):
+                        dxr[j] += b[0, k, j] * gs[0, k, j] + b[1, k, j] * gs[1, k, j]
+                    for j in range(width):
+                        real, imaginary = gs[0, k, j], gs[1, k, j]
+                        gs[0, k, j] = a[0, k, j] * real + a[1, k, j] * imaginary
+                        gs[1, k, j] = a[0, k, j] * imaginary - a[1, k, j] * real
+        total += sums
+    g[i, :, :, first:end] = gs
+    da[i, :, :, first:end] = total[0]
+    db[i, :, :, first:end] = total[1]
+    dc[i, :, :, first:end] = total[2]
+
+
+def forward(x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+    b, l, d = x.shape
+    parameters, skip = _parameters(z, B, C, D)
+    h = _initial(h0, b, C)
+    y = torch.empty(b, l, d, dtype=h.dtype)
+    inputs, strides = rows((x,), x.shape, h.dtype)
+    run(_forward, split(b, d, WIDEST), *inputs, strides, *parameters, skip.numpy(), h.numpy(), y.numpy(), l)
+    return y.to(x.dtype), _joined(h)
+
+
+def backward(
+    x: Tensor,
+    z: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    dy: Tensor,
+    dh: Tensor | None,
+) -> tuple[Tensor, ...]:
+    b, l, d = x.shape
+    parameters, skip = _parameters(z, B, C, D)
+    start, g = _initial(h0, b, C), _initial(dh, b, C)
+    dx = torch.empty(b, l, d, dtype=g.dtype)
+    sums = [torch.empty_like(g) for _ in range(3)]
+    dskip = torch.zeros(b, d, dtype=g.dtype)
+    inputs, strides = rows((x, dy), x.shape, g.dtype)
+    run(
+        _backward,
+        split(b, d, WIDEST),
+        *inputs,
+        strides,
+        *parameters,
+        skip.numpy(),
+        start.numpy(),
+        g.numpy(),
+        dx.numpy(),
+        *(t.numpy() for t in sums),
+        dskip.numpy(),
+        l,
+    )
+    da, dB, dC = (_joined(t.sum(0, keepdim=True))[0] for t in sums)
+    dz = da * z.exp().conj()
+    dD = dskip.sum(0) if D is not None else dskip.new_empty(0)
+    return dx.to(x.dtype), dz, dB, weight(C) * dC, dD, _joined(g) if h0 is not None else C.new_empty(0, *C.shape)
+
+
+def _parameters(z: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list[np.ndarray], Tensor]:
+    """a, b and c as (parts, n, d), and D."""
+    parameters = [_split(t.to(C.dtype)).numpy() for t in (z.exp(), B, weight(C) * C)]
+    return parameters, C.real.new_zeros(C.shape[0]) if D is None else D.contiguous()
+
+
+def _initial(h: Tensor | None, b: int, C: Tensor) -> Tensor:
+    """A state (b, d, n) as (b, parts, n, d), in new memory."""
+    if h is None:
+        return torch.zeros(b, 1 + C.is_complex(), *reversed(C.shape), dtype=C.real.dtype)
+    return _split(h).clone(memory_format=torch.contiguous_format)
+
+
+def _split(t: Tensor) -> Tensor:
+    """(..., d, n) as (..., parts, n, d): the real and, of a complex tensor, the imaginary part."""
+    t = t.detach().resolve_conj()
+    t = torch.view_as_real(t) if t.is_complex() else t[..., None]
+    return t.transpose(-3, -1).contiguous()
+
+
+def _joined(t: Tensor) -> Tensor:
+    """The inverse of :func:`_split`."""
+    t = t.transpose(-3, -1)
+    return torch.view_as_complex(t.contiguous()) if t.shape[-1] == 2 else t[..., 0].contiguous()

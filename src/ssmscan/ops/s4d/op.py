@@ -1,0 +1,172 @@
+"""s4d: the time-invariant diagonal state space model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.s4d import autograd, chunked, reference
+from ssmscan.ops.s4d.system import discretise
+from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
+
+
+def s4d(
+    x: Float[Tensor, "b l d"],
+    dt: Float[Tensor, " d"],
+    A: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    B: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    C: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    D: Float[Tensor, " d"] | None = None,
+    *,
+    mode: Literal["conv", "recurrent"] = "conv",
+    h0: Float[Tensor, "b d n"] | Complex[Tensor, "b d n"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"] | Complex[Tensor, "b d n"]]:
+    """Run a time-invariant diagonal state space model over time, each channel on its own, n states in each.
+
+    .. math::
+        \\bar A = e^{\\Delta A}, \\quad \\bar B = \\frac{e^{\\Delta A} - 1}{A} B, \\qquad
+        h_t = \\bar A h_{t-1} + \\bar B x_t, \\qquad y_t = \\sum_n C h_t + D x_t
+
+    With complex A, B, C each state stands for itself and its conjugate: :math:`y_t = 2 \\mathrm{Re} \\sum_n C h_t
+    + D x_t`. Both modes compute the same.
+
+    Args:
+        x: input, (b, l, d), float32, bfloat16 or float16 (float64 off the Triton backend).
+        dt: step size, (d,), positive.
+        A: poles, (d, n), real or complex, the real part negative for a memory that fades.
+        B: input weights, (d, n), complex when A is.
+        C: output weights, (d, n), complex when A is.
+        D: skip, (d,); None is zero.
+        mode: "conv" convolves with the whole impulse response by FFT; "recurrent" carries the state along, on a GPU
+            from chunk to chunk of 64 steps. Where an input is not finite, "conv" spoils its whole sequence and channel.
+        h0: initial state, (b, d, n), complex when A is; None is zero.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`. "triton" and "cpu" run
+            mode "recurrent"; the FFT is PyTorch's, so "auto" takes "torch" for mode "conv".
+
+    Returns:
+        y, (b, l, d) in x's dtype, and the final state, (b, d, n), in float32 or complex64 (float64 or complex128 when
+        an input is).
+
+    Raises:
+        TypeError: an argument is not a tensor of these kinds, or not all of A, B, C and h0 are real or all complex.
+        ValueError: a wrong shape, device, mode or backend name.
+        RuntimeError: the named backend cannot run here.
+
+    Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (2022), sections 2 and 3.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import s4d
+        >>> one = torch.ones(1, 1)
+        >>> y, h = s4d(torch.ones(1, 3, 1), torch.ones(1), -0.6931472 * one, one, one)
+        >>> [round(v, 4) for v in y.flatten().tolist()], round(h.item(), 4)
+        ([0.7213, 1.082, 1.2624], 1.2624)
+    """
+    if mode not in ("conv", "recurrent"):
+        raise ValueError(error("s4d", 'mode must be "conv" or "recurrent"', repr(mode)))
+    real, dtype = _check("s4d", "b, l, d", x, dt, A, B, C, D, h0)
+    check_shape("s4d", "h0", h0, "b, d, n", (x.shape[0], *A.shape), "x and A")
+    implementation = choose("s4d", backend, x.device.type, real)
+    if mode == "conv" and implementation in ("triton", "cpu"):
+        if backend != "auto":
+            raise RuntimeError(
+                error("s4d", f'backend="{backend}" needs mode="recurrent"', f'mode="{mode}"', 'Use backend="auto".')
+            )
+        implementation = "torch"
+    if implementation == "reference":
+        return reference.s4d(x, dt, A, B, C, D, h0, dtype)
+    z, B = discretise(dt, A, B, dtype)
+    if implementation == "torch":
+        return chunked.s4d(x, z, B, C.to(dtype), D, h0, mode)
+    D, h0 = D if D is None else D.to(real), h0 if h0 is None else h0.to(dtype)
+    return autograd.s4d(x, z, B, C.to(dtype), D, h0, implementation)
+
+
+def s4d_step(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, " d"],
+    A: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    B: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    C: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
+    D: Float[Tensor, " d"] | None = None,
+    *,
+    h: Float[Tensor, "b d n"] | Complex[Tensor, "b d n"],
+) -> Float[Tensor, "b d"]:
+    """Advance :func:`s4d` by one token, updating the state in place.
+
+    .. math:: h \\leftarrow \\bar A h + \\bar B x, \\qquad y = \\sum_n C h + D x
+
+    Args:
+        x: input, (b, d).
+        dt, A, B, C, D: as in :func:`s4d`.
+        h: the state, (b, d, n), in the dtype that :func:`s4d` returns. Overwritten with the next state.
+
+    Returns:
+        y, (b, d), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`s4d`.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import s4d_step
+        >>> one, h = torch.ones(1, 1), torch.zeros(1, 1, 1)
+        >>> y = s4d_step(one, torch.ones(1), -0.6931472 * one, one, one, h=h)
+        >>> round(y.item(), 4), round(h.item(), 4)
+        (0.7213, 0.7213)
+    """
+    _, dtype = _check("s4d_step", "b, d", x, dt, A, B, C, D, h)
+    check_state("s4d_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
+    z, B = discretise(dt, A, B, dtype)
+    after, y = reference.advance(x, z.exp().to(dtype), B, C, D, h)
+    h.copy_(after)
+    return y
+
+
+def _check(
+    function: str,
+    axes: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h: Tensor | None,
+) -> tuple[torch.dtype, torch.dtype]:
+    """Refuse what is no such system; return the dtypes of its sums and of its state."""
+    state = "h" if function.endswith("step") else "h0"
+    poles = {name: _real(tensor) for name, tensor in (("A", A), ("B", B), ("C", C), (state, h))}
+    check_tensors(function, {"x": x, "dt": dt, **poles, "D": D})
+    given = {name: t for name, t in (("A", A), ("B", B), ("C", C), (state, h)) if t is not None}
+    # The majority of A, B and C rules.
+    complex_ = sum(given[name].is_complex() for name in "ABC") > 1
+    for name, tensor in given.items():
+        if tensor.is_complex() != complex_:
+            others = " and ".join(other for other in "ABC" if other != name)
+            rule = f"{name} must be {'complex' if complex_ else 'real'} like {others}"
+            raise TypeError(error(function, rule, tensor.dtype, "Convert it."))
+    check_rank(function, "x", x, axes)
+    d = x.shape[-1]
+    check_shape(function, "dt", dt, "d", (d,), "x")
+    check_rank(function, "A", A, "d, n")
+    check_shape(function, "A", A, "d, n", (d, A.shape[1]), "x")
+    check_shape(function, "B", B, "d, n", A.shape, "A")
+    check_shape(function, "C", C, "d, n", A.shape, "A")
+    check_shape(function, "D", D, "d", (d,), "x")
+    real = state_dtype(x, dt, *poles.values(), D)
+    if not complex_:
+        return real, real
+    return real, torch.complex128 if real is torch.float64 else torch.complex64
+
+
+def _real(tensor: Tensor | None) -> Tensor | None:
+    """The real part, whose dtype and device are checked in the tensor's stead."""
+    return tensor.real if isinstance(tensor, Tensor) and tensor.is_complex() else tensor

@@ -1,0 +1,180 @@
+"""selective_scan: the input-dependent diagonal state-space scan of Mamba-1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.selective_scan import autograd, chunked, reference
+from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def selective_scan(
+    x: Float[Tensor, "b l d"],
+    dt: Float[Tensor, "b l d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b l d"] | None = None,
+    *,
+    dt_bias: Float[Tensor, " d"] | None = None,
+    dt_softplus: bool = False,
+    h0: Float[Tensor, "b d n"] | None = None,
+    reverse: bool = False,
+    cu_seqlens: Int[Tensor, " s+1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]]:
+    """Run Mamba's selective state-space model: n states for each channel, whose steps depend on the input.
+
+    .. math:: \\delta_t = \\mathrm{softplus}(dt_t + dt\\_bias), \\quad
+        h_t = e^{\\delta_t A} h_{t-1} + \\delta_t B_t x_t, \\quad
+        y_t = (C_t \\cdot h_t + D x_t) \\, \\mathrm{silu}(z_t)
+
+    Args:
+        x: input, (b, l, d), float32, bfloat16 or float16 (float64 off the Triton backend).
+        dt: step size, (b, l, d), any real number; before the softplus if there is one.
+        A: decay rate of each channel and state, (d, n), n from 1 to 256. Negative for a state that forgets; float32
+            is recommended.
+        B: input matrix, (b, l, n), or (b, l, g, n) for g groups of d/g adjacent channels.
+        C: output matrix, of B's shape.
+        D: weight of the input in the output, (d,); None is 0.
+        z: gate, (b, l, d), before its silu; None is no gate.
+        dt_bias: added to dt, (d,); None is 0.
+        dt_softplus: whether the step size is the softplus of dt + dt_bias, or that sum itself.
+        h0: initial state, (b, d, n), or (s, d, n) with ``cu_seqlens``; None is zero.
+        reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
+            the one at the left end.
+        cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
+            length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
+            it; they turn the outputs into NaN.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
+
+    Returns:
+        y, (b, l, d) in x's dtype, and the final state, (b, d, n) or (s, d, n), in float32 (float64 when an input is).
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or ``cu_seqlens`` not an integer one.
+        ValueError: a wrong shape, device or backend name, or bad ``cu_seqlens``.
+        RuntimeError: the named backend cannot run here.
+
+    The recurrence is Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023),
+    section 3.2, with the simplified discretisation of B.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import selective_scan
+        >>> x, dt, A = torch.ones(1, 3, 1), torch.ones(1, 3, 1), torch.zeros(1, 2)
+        >>> B = C = torch.ones(1, 3, 2)
+        >>> y, h = selective_scan(x, dt, A, B, C)
+        >>> y.flatten().tolist(), h.flatten().tolist()
+        ([2.0, 4.0, 6.0], [3.0, 3.0])
+    """
+    B, C = _check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
+    batch, l = x.shape[:2]
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
+    implementation = choose("selective_scan", backend, x.device.type, dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens("selective_scan", cu_seqlens, batch, l, x.device)
+        batch = cu_seqlens.shape[0] - 1
+    state = (batch, *A.shape)
+    axes = "b, d, n" if cu_seqlens is None else "s, d, n"
+    check_shape("selective_scan", "h0", h0, axes, state, "x, A and cu_seqlens")
+    sequence = None
+    if cu_seqlens is not None:
+        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(state, dtype=dtype) if h0 is None else h0)
+    if implementation == "reference":
+        return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
+    if implementation == "torch":
+        return chunked.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
+    return autograd.selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, h0, sequence, bool(dt_softplus), bool(reverse), implementation
+    )
+
+
+def selective_scan_step(
+    x: Float[Tensor, "b d"],
+    dt: Float[Tensor, "b d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
+    C: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b d"] | None = None,
+    *,
+    dt_bias: Float[Tensor, " d"] | None = None,
+    dt_softplus: bool = False,
+    h: Float[Tensor, "b d n"],
+) -> Float[Tensor, "b d"]:
+    """Advance :func:`selective_scan` by one token, updating the state in place.
+
+    .. math:: h \\leftarrow e^{\\delta A} h + \\delta B x, \\qquad y = (C \\cdot h + D x) \\, \\mathrm{silu}(z)
+
+    Args:
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus: as in :func:`selective_scan`, without the length.
+        h: the state, (b, d, n), float32 or float64. Overwritten with the next state.
+
+    Returns:
+        y, (b, d), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`selective_scan`.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import selective_scan_step
+        >>> h, one = torch.ones(1, 1, 2), torch.ones(1, 1)
+        >>> y = selective_scan_step(one, one, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), h=h)
+        >>> y.tolist(), h.tolist()
+        ([[4.0]], [[[2.0, 2.0]]])
+    """
+    B, C = _check("selective_scan_step", "b", x, dt, A, B, C, D, z, dt_bias, h)
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
+    check_state("selective_scan_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
+    return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus))
+
+
+def _check(
+    function: str,
+    axes: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Refuse what is not a scan; return B and C with an axis of groups. ``axes`` are those before the channels."""
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    check_tensors(function, tensors | {"h" if function.endswith("step") else "h0": h})
+    check_rank(function, "x", x, f"{axes}, d")
+    d = x.shape[-1]
+    leading = tuple(x.shape[:-1])
+    for name, tensor in (("dt", dt), ("z", z)):
+        check_shape(function, name, tensor, f"{axes}, d", x.shape, "x")
+    check_rank(function, "A", A, "d, n")
+    n = A.shape[1]
+    check_shape(function, "A", A, "d, n", (d, n), "x")
+    if not 1 <= n <= 256:
+        raise ValueError(error(function, "A must have 1 to 256 states n in its shape (d, n)", tuple(A.shape)))
+    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(function, name, tensor, "d", (d,), "x")
+    grouped = B.dim() == len(leading) + 2
+    if not grouped:
+        check_shape(function, "B", B, f"{axes}, n", (*leading, n), "x and A")
+    else:
+        g = B.shape[-2]
+        check_shape(function, "B", B, f"{axes}, g, n", (*leading, g, n), "x and A")
+        if g == 0 or d % g != 0:
+            rule = f"B must have a number of groups g that divides the {d} channels of x in its shape ({axes}, g, n)"
+            raise ValueError(error(function, rule, tuple(B.shape)))
+    check_shape(function, "C", C, f"{axes}, g, n" if grouped else f"{axes}, n", B.shape, "B")
+    return (B, C) if grouped else (B.unsqueeze(-2), C.unsqueeze(-2))

@@ -1,0 +1,57 @@
+"""How the launches of selective_scan cover their tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.packing import first_tokens
+from ssmscan.ops.selective_scan.configs import STATES, Config
+
+# A shorter segment is not worth its summary.
+SHORTEST_SEGMENT = 64
+
+
+class Plan(NamedTuple):
+    """How a launch covers channels, states and length."""
+
+    blocks: int  # of BD channels, in each group
+    length: int  # steps of a segment
+    segments: int
+    N: int  # states of a tile, a power of two
+    warps: int
+
+
+def cover(batch: int, l: int, d: int, n: int, groups: int, config: Config, multiple: int) -> Plan:
+    """Segments of a ``multiple`` of steps, and enough of them to fill the device; each but the last costs a summary."""
+    blocks = -(-(d // groups) // config.BD)
+    wanted = min(config.programs // (batch * groups * blocks), l // SHORTEST_SEGMENT)
+    # Two segments cost as much as one.
+    if wanted < 3:
+        wanted = 1
+    length = max(-(-l // (wanted * multiple)), 1) * multiple
+    N = max(STATES, 1 << (n - 1).bit_length())
+    return Plan(blocks, length, max(-(-l // length), 1), N, config.warps * (N // STATES))
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """B or C as the kernels read it: small, and used by every channel, it is converted but once."""
+    return channels_last(tensor.to(torch.float32))
+
+
+def batch_time_group(*tensors: Tensor) -> tuple[int, ...]:
+    """The strides of the first three axes of each tensor."""
+    return tuple([stride for tensor in tensors for stride in tensor.stride()[:3]])
+
+
+def runs_of(sequence: Tensor | None, reverse: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of each token in scan order: the number of its packed sequence, and where that starts and ends; int32 (l,)."""
+    if sequence is None:
+        return None, None, None
+    owner = sequence.flip(0) if reverse else sequence
+    l = owner.shape[0]
+    token = torch.arange(l, device=owner.device, dtype=torch.int32)
+    starts = torch.where(first_tokens(owner, False), token, 0).cummax(0).values
+    ends = torch.where(first_tokens(owner, True), token + 1, l).flip(0).cummin(0).values.flip(0)
+    return owner.to(torch.int32), starts.to(torch.int32), ends.to(torch.int32)

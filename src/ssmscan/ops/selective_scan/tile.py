@@ -1,0 +1,160 @@
+"""What the forward and the backward kernels share: tiles of steps, their rows, and the functions of one step.
+
+The state is a tile [N, BD]. A program of few states keeps all of a channel in the registers of one lane, so that the
+sum over them needs no other lane, and reads a row of B or C as one broadcast from shared memory. The compiler takes
+that layout from the loads of A; see :func:`load_states`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _halves(tile, W: tl.constexpr, U: tl.constexpr):
+    """The first and last U/2 columns of a [W, U] tile."""
+    return tl.split(tl.permute(tl.reshape(tile, [W, 2, U // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _columns4(tile, W: tl.constexpr):
+    left, right = _halves(tile, W, 4)
+    a, b = tl.split(left)
+    c, d = tl.split(right)
+    return (a, b, c, d)
+
+
+@triton.jit
+def rows(tile):
+    """The rows of a [8, W] tile, in order."""
+    W: tl.constexpr = tile.shape[1]
+    left, right = _halves(tl.trans(tile), W, 8)
+    return _columns4(left, W) + _columns4(right, W)
+
+
+@triton.jit
+def _glue(left, right, W: tl.constexpr, U: tl.constexpr):
+    """The [W, U] tile whose first and last U/2 columns are given."""
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [W, U])
+
+
+@triton.jit
+def stack(r):
+    """The [8, W] tile of 8 rows, a tuple in order."""
+    W: tl.constexpr = r[0].shape[0]
+    left = _glue(tl.join(r[0], r[1]), tl.join(r[2], r[3]), W, 4)
+    right = _glue(tl.join(r[4], r[5]), tl.join(r[6], r[7]), W, 4)
+    return tl.trans(_glue(left, right, W, 8))
+
+
+@triton.jit
+def load_rows(pointer, offset, exists, columns, inside):
+    """The rows at ``pointer + offset`` of some columns, 0 where not ``exists`` and not ``inside``."""
+    mask = exists[:, None] & inside[None, :]
+    return rows(tl.load(pointer + (offset[:, None] + columns[None, :]), mask=mask, other=0.0))
+
+
+@triton.jit
+def store_rows(pointer, offset, exists, columns, inside, values):
+    """Store a tuple of rows where :func:`load_rows` with the same arguments would load them."""
+    tile = stack(values).to(pointer.dtype.element_ty)
+    mask = exists[:, None] & inside[None, :]
+    tl.store(pointer + (offset[:, None] + columns[None, :]), tile, mask=mask)
+
+
+@triton.jit
+def vary(one, t):
+    """``one``, but to the compiler another number for each position t."""
+    return one + tl.minimum(t, 0).to(tl.int32)
+
+
+@triton.jit
+def load_states(pointer, channels, inside, channel_step, states, state_step, n):
+    """A [N, BD] tile of something that each channel and state has, 0 outside.
+
+    The steps are numbers that the compiler must not know: else it would load several neighbours in a lane, and from
+    there spread the states or channels of the whole kernel over lanes in that way. In a loop they must vary, as far as
+    it knows (see :func:`vary`): else it would keep the addresses in registers.
+    """
+    pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
+    tile = tl.load(pointers, mask=inside[:, None] & (states < n)[None, :], other=0.0)
+    return tl.trans(tile.to(tl.float32))
+
+
+@triton.jit
+def store_states(pointer, channels, inside, channel_step, states, state_step, n, tile):
+    """Store what :func:`load_states` would load."""
+    pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
+    tl.store(pointers, tl.trans(tile), mask=inside[:, None] & (states < n)[None, :])
+
+
+@triton.jit
+def softplus(v):
+    """max(v, 0) + log1p(e), where e = exp(-|v|) and log1p(e) = 2·atanh(e / (2 + e)), to float32's precision."""
+    e = tl.exp2(-tl.abs(v) * LOG2E)
+    s = e / (2.0 + e)
+    # 2·atanh(s)/s in powers of s² up to 1/9, relative error 4e-9.
+    s2 = s * s
+    p = 0.28157778 * s2 + 0.27965158
+    p = p * s2 + 0.40024595
+    p = p * s2 + 0.66666322
+    p = p * s2 + 2.00000001
+    return tl.maximum(v, 0.0) + s * p
+
+
+@triton.jit
+def sigmoid(v):
+    """Also the derivative of softplus."""
+    e = tl.exp2(-tl.abs(v) * LOG2E)
+    return tl.where(v < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def in_run(position, low, high, PACKED: tl.constexpr):
+    """Whether a position is in the run; unless PACKED, runs begin with a tile."""
+    return (position >= low) & (position < high) if PACKED else position < high
+
+
+@triton.jit
+def step_sizes(dts, bias, t, low, high, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr):
+    """The step sizes of 8 tokens; one that is not in the run has a step of 0, which leaves the state as it is."""
+    deltas = ()
+    for i in tl.static_range(8):
+        v = dts[i].to(tl.float32) + bias
+        delta = softplus(v) if SOFTPLUS else v
+        delta = tl.where(in_run(t + i, low, high, PACKED), delta, 0.0)
+        deltas = deltas + (delta,)  # type: ignore[assignment]
+    return deltas
+
+
+@triton.jit
+def _exchange(p, q, ROWS: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
+    """p summed with its partner lane's where bit M of the lane is clear, q where it is set; both [ROWS, BD]."""
+    second = ((tl.arange(0, BD) & M) != 0)[None, :]
+    partner = tl.broadcast_to((tl.arange(0, 32) ^ M)[None, None, :], [ROWS, BD // 32, 32])
+    sent = tl.reshape(tl.where(second, p, q), [ROWS, BD // 32, 32])
+    return tl.where(second, q, p) + tl.reshape(tl.gather(sent, partner, 2), [ROWS, BD])
+
+
+@triton.jit
+def _fold(r, ROWS: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
+    """Half of the rows of [ROWS, BD], the first one or, in lanes whose bit M is set, the second."""
+    p, q = tl.split(tl.permute(tl.reshape(r, [2, ROWS // 2, BD]), (1, 2, 0)))
+    return _exchange(p, q, ROWS // 2, BD, M)
+
+
+@triton.jit
+def _fold16(r, BD: tl.constexpr):
+    return _fold(_fold(_fold(_fold(r, 16, BD, 16), 8, BD, 8), 4, BD, 4), 2, BD, 2)
+
+
+@triton.jit
+def sum_channels(p, q, BD: tl.constexpr):
+    """Of two [16, BD] tiles: [BD], where lanes 2j and 2j + 1 of every 32 hold the sums over them of p's and q's row j.
+
+    Each exchange between lanes halves what is left to be summed: 31 exchanges for 32 sums, where sums of one row at a
+    time would take 160.
+    """
+    return tl.reshape(_exchange(_fold16(p, BD), _fold16(q, BD), 1, BD, 1), [BD])
