@@ -36,8 +36,11 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.grid(first=True, backends=("cpu", "triton"), settings=(PLAIN, PACKED))
 def test_registered_operators(case, option, backend, device, setting, size):
-    """Schema, autograd registration, fake tensors and dynamic shapes of each operator that a call goes through."""
-    call = case.call(option, size, setting).cast(torch.float32, device)
+    """Schema, autograd registration, fake tensors and dynamic shapes of each operator that a call goes through.
+
+    In bfloat16, where states have another dtype than x.
+    """
+    call = case.call(option, size, setting).cast(torch.bfloat16, device)
     recorder = _Recorder()
     with recorder:
         call.differentiate(backend)

@@ -80,7 +80,6 @@ CASE = OpCase(
     ),
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 4096, "r": 64, "c": 64}, LOG),
-        Benchmark("cumulative", {"b": 8, "l": 4096, "r": 64, "c": 64}, CUMSUM),
         Benchmark("small fp32", {"b": 2, "l": 1024, "r": 64, "c": 64}, LOG, torch.float32),
         Benchmark("small fp32, graph replay", {"b": 2, "l": 1024, "r": 64, "c": 64}, LOG, torch.float32, graph=True),
         Benchmark("two cores", {"b": 1, "l": 2048, "r": 64, "c": 64}, LOG, torch.float32, device="cpu"),

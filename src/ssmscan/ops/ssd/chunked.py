@@ -1,0 +1,149 @@
+"""The scan in plain PyTorch, by matrix products within chunks; differentiable any number of times, on any device.
+
+Each chunk of 64 tokens is a product with a triangle of decays, and adds to the state that enters it. The chunks' states
+follow the same recurrence, one decay for each chunk and head, which is solved 16 chunks at a time. Every sum of
+log-decays starts where its product does, so none is a difference of long sums: any decay is safe, zero too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmscan.ops.chunks import Chunks, cut
+from ssmscan.ops.packing import last_tokens
+from ssmscan.shapes import state_dtype
+
+CHUNK = 64
+# Chunks whose states are carried at once.
+LEVEL = 16
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, l, heads, p = x.shape
+    groups, n = B.shape[2:]
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
+    h = x.new_zeros(batch, heads, p, n, dtype=dtype) if h0 is None else h0.to(dtype)
+    if l == 0:
+        return x * 1, h * 1
+    A = A.to(dtype)
+    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    delta = (F.softplus(delta) if softplus else delta).clamp(low, high)
+
+    if sequence is None:
+        chunks: Chunks | None = None
+        index: Tensor | None = None
+    else:
+        chunks = cut(sequence, h.shape[0], CHUNK, reverse)
+        index = _positions(chunks, l)
+
+    def split(v: Tensor) -> Tensor:
+        """(b, l, ...) as (b, chunks, CHUNK, ...) in scan order, with zeros where a chunk is not full."""
+        v = v.flip(1) if reverse else v
+        pad = 1 if index is not None else -l % CHUNK
+        v = F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad))
+        return (v if index is None else v[:, index]).unflatten(1, (-1, CHUNK))
+
+    # Heads before tokens, groups of heads apart: (b, c, g, k, q, ...), k the heads of a group.
+    X = split(x.to(dtype) * delta[..., None]).movedim(2, 3).unflatten(2, (groups, -1))
+    Bs, Cs = (split(v.to(dtype)).movedim(2, 3)[:, :, :, None] for v in (B, C))
+    log_a = split(delta * A).movedim(2, 3).unflatten(2, (groups, -1))
+    decay, entered, left = _decays(log_a)
+    y = (decay * (Cs @ Bs.mT)) @ X
+    states = ((X * left[..., None]).mT @ Bs).flatten(2, 3)
+    entering, final = _carry(log_a.sum(-1).exp().flatten(2, 3), states, chunks, h)
+    y = y + (Cs * entered[..., None]) @ entering.unflatten(2, (groups, -1)).mT
+    y = y.flatten(2, 3).movedim(3, 2).flatten(1, 2)
+    if sequence is None or chunks is None or index is None:
+        y = y[:, :l]
+    else:
+        # Where each position of the sequence lies in the chunks.
+        y = y[:, torch.zeros(l + 1, dtype=index.dtype, device=x.device).scatter(0, index, _arange(index))[:l]]
+        _, empty = last_tokens(sequence, h.shape[0], reverse)
+        last = torch.zeros(h.shape[0] + 1, dtype=index.dtype, device=x.device)
+        last = last.scatter(0, torch.where(chunks.last, chunks.sequence, h.shape[0]), _arange(chunks.last))
+        final = torch.where(empty[:, None, None, None], h, final[0, last[:-1]])
+    y = y.flip(1) if reverse else y
+    if D is not None:
+        y = y + D.to(dtype).view(heads, -1) * x.to(dtype)
+    return (y if z is None else y * F.silu(z.to(dtype))).to(x.dtype), final
+
+
+def _arange(v: Tensor) -> Tensor:
+    return torch.arange(v.shape[0], device=v.device)
+
+
+def _positions(chunks: Chunks, l: int) -> Tensor:
+    """The position of each row of each chunk, l where there is none."""
+    row = torch.arange(CHUNK, device=chunks.begin.device)
+    return torch.where(row < chunks.length[:, None], chunks.begin[:, None] + row, l).flatten()
+
+
+def _decays(log_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the q tokens of each chunk: the decay from j to i (q, q), from the chunk's begin to i, from j to its end."""
+    i = torch.arange(CHUNK, device=log_a.device)
+    later, upto = i[:, None] > i, i[:, None] >= i
+    # Sums over k of log_a_k, j < k <= i.
+    terms = torch.where(later, log_a[..., None], 0)
+    pairs = terms.cumsum(-2).masked_fill(~upto, -torch.inf)
+    return pairs.exp(), log_a.cumsum(-1).exp(), terms.sum(-2).exp()
+
+
+def _carry(decay: Tensor, states: Tensor, chunks: Chunks | None, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The state that enters each chunk, and the final state; of packed sequences, the one after each chunk.
+
+    The chunk's own ``states`` are (b, c, h, p, n), its ``decay`` (b, c, h).
+    """
+    if chunks is None:
+        after = _scan(decay, states, None, h)
+        return torch.cat([h[:, None], after[:, :-1]], 1), after[:, -1]
+    given = h[chunks.sequence][None]
+    first = chunks.first[:, None, None, None]
+    states = states + torch.where(first, decay[..., None, None] * given, 0)
+    after = _scan(decay, states, chunks.first, torch.zeros_like(states[:, 0]))
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
+    return torch.where(first, given, before), after
+
+
+def _scan(decay: Tensor, states: Tensor, start: Tensor | None, h: Tensor) -> Tensor:
+    """All h of h = decay·h + states, where a chunk with ``start`` forgets what came before it."""
+    c = states.shape[1]
+    levels = (c + LEVEL - 1) // LEVEL
+    pad = levels * LEVEL - c
+    states = F.pad(states, (0, 0) * 3 + (0, pad)).unflatten(1, (levels, LEVEL))
+    decay = F.pad(decay, (0, 0, 0, pad)).unflatten(1, (levels, LEVEL))[..., None, None]
+    if start is not None:
+        start = F.pad(start, (0, pad)).view(levels, LEVEL, 1, 1, 1)
+        decay = torch.where(start, 0, decay)
+    product, total = torch.ones_like(decay[:, :, 0]), torch.zeros_like(states[:, :, 0])
+    products, totals = [], []
+    for i in range(min(LEVEL, c)):
+        product = decay[:, :, i] * product
+        # Not by a decay of 0 alone: 0·NaN would carry a NaN into the next packed sequence.
+        total = decay[:, :, i] * (total if start is None else torch.where(start[:, i], 0, total)) + states[:, :, i]
+        products.append(product)
+        totals.append(total)
+    if levels == 1:
+        entering = h[:, None, None]
+    else:
+        forgets = None if start is None else start.any(1).view(levels)
+        # Padding makes the last level's totals wrong; nothing enters from it.
+        after = _scan(product.flatten(2), total, forgets, h)
+        entering = torch.cat([h[:, None], after[:, :-1]], 1)[:, :, None]
+    if start is not None:
+        entering = torch.where(start.cumsum(1)[:, : len(totals)] > 0, 0, entering)
+    return (torch.stack(totals, 2) + torch.stack(products, 2) * entering).flatten(1, 2)[:, :c]

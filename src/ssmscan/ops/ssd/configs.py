@@ -1,0 +1,66 @@
+"""The tiles and launch configurations of ssd's kernels, for an H200."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs of four warps that keep a Hopper GPU busy: two for each multiprocessor.
+PROGRAMS = 264
+# A segment of fewer chunks is not worth its summary.
+SHORTEST = 4
+
+
+class Tiles(NamedTuple):
+    """The shapes that all kernels of a call share."""
+
+    dtype: torch.dtype  # of the states between chunks, and of the operands of matrix products
+    DOT: Any  # the same for Triton
+    precise: bool  # float32, to all its digits
+    Q: int  # tokens of a chunk
+    BP: int  # channels of a head that a program takes at once
+    BN: int  # states, padded
+
+
+class Config(NamedTuple):
+    warps: int
+    stages: int  # chunks (in the walk) or heads (in the gradients) in flight
+
+
+# By whether the products are precise, and whether y is written.
+WALK = {
+    (False, True): Config(4, 2),
+    (False, False): Config(4, 3),
+    (True, True): Config(8, 1),
+    (True, False): Config(8, 1),
+}
+# By whether the products are precise: what comes from the states, and the rest.
+GRADIENTS = {False: (Config(4, 2), Config(4, 2)), True: (Config(8, 1), Config(8, 1))}
+DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def choose(x: Tensor, n: int, backward: bool) -> Tiles:
+    """The state's tile stays in registers; each product in float32 takes three, of operands in two parts."""
+    exact = x.dtype.itemsize == 4
+    BN = max(triton.next_power_of_2(n), 16)
+    BP = max(min(triton.next_power_of_2(x.shape[3]), (4096 if exact else 8192) // BN, 32 if exact else 64), 16)
+    if x.device.type == "cuda":
+        return Tiles(x.dtype, DOTS[x.dtype], exact, 32 if exact and not backward else 64, BP, BN)
+    # The interpreter cannot multiply in bfloat16; with short chunks small cases have several.
+    return Tiles(torch.float32, tl.float32, exact, 16, BP, BN)
+
+
+def plan(programs: int, chunks: int) -> tuple[int, int]:
+    """The chunks of a segment, and how many segments fill the device."""
+    wanted = min(max(PROGRAMS // programs, 1), max(chunks // SHORTEST, 1))
+    length = max(-(-chunks // wanted), 1)
+    return length, max(-(-chunks // length), 1)
+
+
+def split_heads(programs: int, heads: int) -> tuple[int, int]:
+    """Of a group's heads, how many one program takes, and into how many parts that splits them."""
+    splits = min(max(PROGRAMS // 2 // max(programs, 1), 1), heads)
+    at_once = -(-heads // splits)
+    return at_once, -(-heads // at_once)

@@ -1,0 +1,70 @@
+"""The forward of ssd on Triton: one walk."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.chunks import cut
+from ssmscan.ops.ssd.configs import Tiles, choose
+from ssmscan.ops.ssd.kernel_walk import walk
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state."""
+    batch, l, heads, p = x.shape
+    n = B.shape[3]
+    y = x.new_empty(batch, l, heads, p)
+    # The kernel writes the final states of sequences with tokens; those of the others keep their initial ones.
+    if sequence is None and l > 0:
+        final = x.new_empty(batch, heads, p, n, dtype=torch.float32)
+    elif h0 is None:
+        final = x.new_zeros(batch, heads, p, n, dtype=torch.float32)
+    else:
+        final = x.new_empty(h0.shape, dtype=torch.float32).copy_(h0)
+    if y.numel() == 0:
+        return y, final
+    tiles = choose(x, n, backward=False)
+    x, B, C = (channels_last(v) for v in (x, B, C))
+    chunks = table(sequence, final, tiles, reverse)
+    walk(
+        x, B, dt, float32(A), float32(dt_bias), h0, chunks, tiles, (softplus, low, high), reverse,
+        c=C, D=per_channel(D, p), z=channels_last(z), y=y, final=final,
+    )  # fmt: skip
+    return y, final
+
+
+@overload
+def float32(parameter: Tensor) -> Tensor: ...
+@overload
+def float32(parameter: Tensor | None) -> Tensor | None: ...
+def float32(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def per_channel(D: Tensor | None, p: int) -> Tensor | None:
+    """D as (h, p)."""
+    return D if D is None or D.dim() == 2 else D[:, None].expand(-1, p)
+
+
+def table(sequence: Tensor | None, states: Tensor, tiles: Tiles, reverse: bool) -> Tensor | None:
+    """The chunks of packed sequences, (5, chunks), as the kernels read them."""
+    if sequence is None:
+        return None
+    return torch.stack([v.int() for v in cut(sequence, states.shape[0], tiles.Q, reverse)])

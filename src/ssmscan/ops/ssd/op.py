@@ -1,0 +1,187 @@
+"""ssd: Mamba-2's selective state-space scan, h = exp(dt·A)·h + dt·x⊗B, y = h·C + D·x."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ssmscan.backend import choose
+from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.ssd import autograd, chunked, reference
+from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+def ssd(
+    x: Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    D: Float[Tensor, "h ..."] | None = None,
+    z: Float[Tensor, "b l h p"] | None = None,
+    *,
+    dt_bias: Float[Tensor, " h"] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+    h0: Float[Tensor, "b h p n"] | None = None,
+    reverse: bool = False,
+    cu_seqlens: Int[Tensor, " s+1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """Run Mamba-2's state-space scan: a matrix state for each head, whose decay is one number for a token and head.
+
+    .. math::
+        h_t = e^{\\Delta_t A} h_{t-1} + \\Delta_t\\, x_t \\otimes B_t, \\qquad
+        y_t = (h_t C_t + D \\odot x_t) \\odot \\mathrm{silu}(z_t)
+
+    where the step size Δ is ``dt``, plus ``dt_bias``, through softplus if ``dt_softplus``, clamped to ``dt_limit``.
+
+    Args:
+        x: input, (b, l, h, p): h heads of p channels. float32, bfloat16 or float16 (float64 off the Triton backend).
+        dt: step sizes before bias, softplus and clamping, (b, l, h).
+        A: rate of decay of each head, (h), negative for a state that forgets. float32 is recommended.
+        B: input directions, (b, l, g, n): g groups of n states. h is a multiple of g; head i reads group i // (h / g).
+        C: output directions, (b, l, g, n).
+        D: how much of the input is added to the output, (h) or (h, p); None is nothing.
+        z: gate, (b, l, h, p): the output is multiplied by silu(z); None is no gate.
+        dt_bias: added to dt, (h); None is 0.
+        dt_softplus: whether dt goes through softplus.
+        dt_limit: least and largest step size.
+        h0: initial state, (b, h, p, n), or (s, h, p, n) with ``cu_seqlens``; None is zero.
+        reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
+            the one at the left end.
+        cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
+            length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
+            it; they turn the outputs into NaN.
+        backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
+
+    Returns:
+        y, (b, l, h, p) in x's dtype, and the final state, (b, h, p, n) or (s, h, p, n), in float32 (float64 when an
+        input is).
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or ``cu_seqlens`` not an integer one.
+        ValueError: a wrong shape, device, dt_limit or backend name, or bad ``cu_seqlens``.
+        RuntimeError: the named backend cannot run here.
+
+    See Dao and Gu, "Transformers are SSMs" (2024), sections 3 and 6.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan.ops.ssd import ssd
+        >>> x, dt, A = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1), torch.tensor([0.5]).log()
+        >>> B, C = torch.ones(1, 3, 1, 2), torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2)
+        >>> y, h = ssd(x, dt, A, B, C)
+        >>> y.flatten().tolist(), h.flatten().tolist()
+        ([3.0, 4.5, 5.25], [1.75, 1.75])
+    """
+    _check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
+    batch, l, heads, p = x.shape
+    n = B.shape[3]
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
+    implementation = choose("ssd", backend, x.device.type, dtype)
+    if cu_seqlens is not None:
+        check_cu_seqlens("ssd", cu_seqlens, batch, l, x.device)
+        batch = cu_seqlens.shape[0] - 1
+    axes = ("b" if cu_seqlens is None else "s") + ", h, p, n"
+    check_shape("ssd", "h0", h0, axes, (batch, heads, p, n), "x, B and cu_seqlens")
+    sequence = None
+    if cu_seqlens is not None:
+        # States of zero are one number for each sequence: packed, there can be many of them.
+        state = x.new_zeros(batch, 1, 1, 1, dtype=dtype) if h0 is None else h0
+        sequence, state = pack(cu_seqlens, l, state)
+        h0 = state.expand(batch, heads, p, n)
+    low, high = map(float, dt_limit)
+    arguments = (x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, low, high, reverse)
+    if implementation == "reference":
+        return reference.ssd(*arguments)
+    if implementation == "torch":
+        return chunked.ssd(*arguments)
+    return autograd.ssd(*arguments, implementation)
+
+
+def ssd_step(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    D: Float[Tensor, "h ..."] | None = None,
+    z: Float[Tensor, "b h p"] | None = None,
+    *,
+    dt_bias: Float[Tensor, " h"] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+    h: Float[Tensor, "b h p n"],
+) -> Float[Tensor, "b h p"]:
+    """Advance :func:`ssd` by one token, updating the state in place.
+
+    .. math::
+        h \\leftarrow e^{\\Delta A} h + \\Delta\\, x \\otimes B, \\qquad
+        y = (h C + D \\odot x) \\odot \\mathrm{silu}(z)
+
+    Args:
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit: as in :func:`ssd`, without the length.
+        h: the state, (b, h, p, n), float32 or float64. Overwritten with the next state.
+
+    Returns:
+        y, (b, h, p), in x's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`ssd`.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan.ops.ssd import ssd_step
+        >>> x, dt, A, B = torch.ones(1, 1, 1), torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1, 2)
+        >>> h = torch.ones(1, 1, 1, 2)
+        >>> ssd_step(x, dt, A, B, B, h=h).tolist(), h.tolist()
+        ([[[4.0]]], [[[[2.0, 2.0]]]])
+    """
+    _check("ssd_step", "b, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
+    check_state("ssd_step", "h", h, "b, h, p, n", (*x.shape, B.shape[2]), dtype)
+    low, high = map(float, dt_limit)
+    return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus, low, high)
+
+
+def _check(
+    function: str,
+    token: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    h: Tensor | None,
+) -> None:
+    """Refuse what is not a scan; ``token`` names the axes of batch and length."""
+    state = "h" if function.endswith("step") else "h0"
+    check_tensors(function, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state: h})
+    check_rank(function, "x", x, token + "h, p")
+    check_rank(function, "B", B, token + "g, n")
+    *outer, heads, p = x.shape
+    groups, n = B.shape[-2:]
+    check_shape(function, "dt", dt, token + "h", (*outer, heads), "x")
+    check_shape(function, "A", A, "h", (heads,), "x")
+    check_shape(function, "B", B, token + "g, n", (*outer, groups, n), "x")
+    check_shape(function, "C", C, token + "g, n", B.shape, "B")
+    check_shape(function, "z", z, token + "h, p", x.shape, "x")
+    check_shape(function, "dt_bias", dt_bias, "h", (heads,), "x")
+    if D is not None and tuple(D.shape) not in ((heads,), (heads, p)):
+        rule = f"D must have shape (h) = ({heads},) or (h, p) = ({heads}, {p}) to match x"
+        raise ValueError(error(function, rule, tuple(D.shape)))
+    if groups == 0 or heads % groups != 0:
+        rule = f"the {heads} heads of x must be a multiple of the groups of B"
+        raise ValueError(error(function, rule, groups, "Each group serves as many heads."))
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(error(function, "dt_limit must be a pair (least, largest)", dt_limit))
