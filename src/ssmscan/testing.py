@@ -5,7 +5,7 @@ An operation is tested and timed the moment its :class:`OpCase` stands in ``ops/
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -158,10 +158,10 @@ class OpCase:
             tensors |= self.extremes[extreme](size, generator)
         return {name: tensors[name] for name in option.tensors}
 
-    def draw_state(self, size: Size, count: int, seed: int = 1) -> Tensor:
-        """An initial state for ``count`` sequences, float64."""
+    def draw_state(self, size: Size, count: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+        """An initial state for ``count`` sequences, float64 or complex128."""
         assert self.state is not None, f"{self.name} has no state"
-        return torch.randn(count, *self.state(size), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.randn(count, *self.state(size), generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
     def call(
         self, option: Option, size: Size, setting: Setting = PLAIN, seed: int = 0, extreme: str | None = None
@@ -176,7 +176,7 @@ class OpCase:
         tensors = self.draw(size, option, seed, extreme)
         if setting.h0:
             count = size["b"] if setting.lengths is None else len(setting.lengths)
-            tensors["h0"] = self.draw_state(size, count, seed + 1)
+            tensors["h0"] = self.draw_state(size, count, seed + 1, _widest(tensors.values()))
         return Call(self, tensors, keywords)
 
     def cast(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
@@ -368,3 +368,7 @@ def _failures(value: Tensor, reference: Tensor, oracle: Tensor, bound: float, ti
         if not largest <= allowed:
             failures.append(f"largest error {largest:.1e} above {allowed:.1e} (the reference's is {floor:.1e})")
     return failures
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    return torch.complex128 if any(tensor.is_complex() for tensor in tensors) else torch.float64

@@ -90,5 +90,7 @@ def test_the_fused_backends_allocate_under_guard(case, option, backend, device, 
     with guards.allocations():
         values = call.differentiate(backend)
     placed = {buffer.untyped_storage().data_ptr() for buffer, _ in guards.buffers}
-    missing = [name for name, value in values.items() if value.untyped_storage().data_ptr() not in placed]
+    # The gradients of parameters may come from autograd around the operator.
+    own = ["y", *(f"d{name}" for name in call.tensors if name in case.sequence)]
+    missing = [name for name in own if values[name].untyped_storage().data_ptr() not in placed]
     assert not missing, f"{missing} are not made by torch.empty and the like"

@@ -58,9 +58,13 @@ def test_fork(case, backend):
     expected = _values(case.name, backend, "cpu")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(
-        target=lambda: queue.put({n: v.numpy() for n, v in _values(case.name, backend, "cpu").items()})
-    )
+
+    def work():
+        # As PyTorch's data loader does: its own threads do not survive a fork.
+        torch.set_num_threads(1)
+        queue.put({name: value.numpy() for name, value in _values(case.name, backend, "cpu").items()})
+
+    child = context.Process(target=work)
     child.start()
     values = queue.get(timeout=60)
     child.join(60)
