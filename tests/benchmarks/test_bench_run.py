@@ -39,6 +39,7 @@ def _wrong(change):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(measure, "BUDGET", 0.001)
+    monkeypatch.setattr(measure, "WARM_UP", {"cuda": 0.0, "cpu": 0.0})
     monkeypatch.setattr(measure, "COPY_BYTES", {"cuda": 2**20, "cpu": 2**20})
 
 
