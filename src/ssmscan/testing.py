@@ -5,6 +5,7 @@ An operation is tested and timed the moment its :class:`OpCase` stands in ``ops/
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -30,6 +31,8 @@ Feature = Literal[
     "nan",  # a NaN stays in its own sequence, its own channel, and (when causal) its future
 ]
 
+# So few elements do not even out the chance of one sum.
+FEW = 4
 # Largest root-mean-square error over the root-mean-square of the float64 oracle.
 RMS_BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
@@ -274,15 +277,16 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def rms_ratio(value: Tensor, oracle: Tensor) -> float:
-    """Root-mean-square of the error over that of the oracle, in float64; not finite unless all of ``value`` is."""
-    value, oracle = _widen(value), _widen(oracle)
+def rms(tensor: Tensor) -> float:
+    """The root-mean-square of ``tensor``, in float64; of no elements, 0."""
+    return _widen(tensor).abs().square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+def rms_ratio(value: Tensor, oracle: Tensor, size: float | None = None) -> float:
+    """Root-mean-square of the error over ``size``, or the oracle's; not finite unless all of ``value`` is."""
     assert value.shape == oracle.shape, f"{tuple(value.shape)} against the oracle's {tuple(oracle.shape)}"
-    if oracle.numel() == 0:
-        return 0.0
-    norm = oracle.abs().square().mean().sqrt()
-    error = (value - oracle).abs().square().mean().sqrt()
-    return (error / norm.clamp(min=torch.finfo(torch.float64).tiny)).item()
+    error = rms(_widen(value) - _widen(oracle))
+    return error / max(rms(oracle) if size is None else size, torch.finfo(torch.float64).tiny)
 
 
 def assert_close(values: Mapping[str, Tensor], oracles: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -315,20 +319,15 @@ class Standard:
     cotangents: Mapping[str, Tensor]
     oracle: Mapping[str, Tensor]
     reference: Mapping[str, Tensor]
+    sums: Mapping[str, float]
 
     @classmethod
     def of(cls, call: Call, device: str = "cpu") -> "Standard":
         """The oracle reads the same rounded inputs and incoming gradients as ``call``, in float64."""
         cotangents = draw_cotangents(call.run("reference"))
-        wide = {
-            name: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-            for name, tensor in cotangents.items()
-        }
-        return cls(
-            cotangents,
-            call.cast(torch.float64, device).differentiate("reference", wide),
-            call.differentiate("reference", cotangents),
-        )
+        wide = call.cast(torch.float64, device)
+        oracle = wide.differentiate("reference", {name: _widen(tensor) for name, tensor in cotangents.items()})
+        return cls(cotangents, oracle, call.differentiate("reference", cotangents), _sums(wide, oracle))
 
     def judge(self, values: Mapping[str, Tensor], case: OpCase, dtype: torch.dtype, truncated: bool = False) -> None:
         """Each of ``values`` is within its bounds, where the oracle is finite.
@@ -343,18 +342,38 @@ class Standard:
             times = 4 if truncated and values[name].dtype is torch.bfloat16 else 2
             finite = oracle.isfinite()
             value, reference, truth = (v[finite] for v in (values[name], self.reference[name], oracle))
-            failures += [f"{name}: {failure}" for failure in _failures(value, reference, truth, bound, times)]
+            size = self.sums.get(name, rms(truth))
+            failures += [f"{name}: {failure}" for failure in _failures(value, reference, truth, size, bound, times)]
         assert not failures, "; ".join(failures)
+
+
+def _sums(call: Call, oracle: Mapping[str, Tensor]) -> dict[str, float]:
+    """The typical size of each gradient that is a sum over the tokens and has few elements.
+
+    The terms of one such sum may cancel, up to any loss of digits. Its size is that over several incoming gradients.
+    """
+    few = tuple(
+        name
+        for name, tensor in call.tensors.items()
+        if name not in (*call.case.sequence, "h0") and 0 < tensor.numel() <= FEW
+    )
+    if not few:
+        return {}
+    draws = [oracle]
+    outputs = call.run("reference")
+    for seed in (3, 4):
+        draws.append(call.differentiate("reference", draw_cotangents(outputs, seed), few))
+    return {f"d{name}": math.hypot(*(rms(draw[f"d{name}"]) for draw in draws)) / math.sqrt(len(draws)) for name in few}
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real()
 
 
-def _failures(value: Tensor, reference: Tensor, oracle: Tensor, bound: float, times: int) -> list[str]:
-    """Root-mean-square error within ``bound``; it and the largest error near ``times`` those of the reference."""
+def _failures(value: Tensor, reference: Tensor, oracle: Tensor, size: float, bound: float, times: int) -> list[str]:
+    """Errors over ``size``: root-mean-square within ``bound``; it and the largest near ``times`` the reference's."""
     unit = torch.finfo(value.dtype).eps
-    error, floor = rms_ratio(value, oracle), rms_ratio(reference, oracle)
+    error, floor = rms_ratio(value, oracle, size), rms_ratio(reference, oracle, size)
     allowed = min(bound, times * floor + bound / 8)
     failures = []
     if not error <= allowed:
@@ -364,7 +383,7 @@ def _failures(value: Tensor, reference: Tensor, oracle: Tensor, bound: float, ti
         largest, floor = (value - oracle).abs().max().item(), (reference - oracle).abs().max().item()
         # The reference may be lucky where the oracle is largest: rounding there is off by up to half a unit.
         floor = max(floor, unit / 2 * oracle.abs().max().item())
-        allowed = times * floor + bound * oracle.abs().square().mean().sqrt().item()
+        allowed = times * floor + bound * size
         if not largest <= allowed:
             failures.append(f"largest error {largest:.1e} above {allowed:.1e} (the reference's is {floor:.1e})")
     return failures

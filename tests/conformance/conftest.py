@@ -13,13 +13,16 @@ nothing is said, takes a few rows of the first option, in which each value of an
 all options; "pairs" so many that each pair of values occurs; "none" leaves to the GPU what follows from other tests.
 """
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ssmscan import backend as available
 from ssmscan.ops.cases import CASES
@@ -43,6 +46,18 @@ SETTINGS = (
 # A failing example names its case, where Hypothesis would write out all of its fields.
 for kind in (OpCase, Option):
     kind._repr_pretty_ = lambda self, printer, cycle: printer.text(repr(self))  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def memory(device: str) -> Iterator[None]:
+    """Tests that take tens of GiB of a GPU's memory take turns, also those of other processes."""
+    if device == "cpu":
+        yield
+        return
+    with FileLock(Path(tempfile.gettempdir()) / "ssmscan-gpu-memory.lock"):
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
 
 
 def pytest_configure(config: pytest.Config) -> None:

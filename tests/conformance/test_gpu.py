@@ -16,7 +16,6 @@ def _setting(case, option):
 def _needs_memory(gibibytes):
     if torch.cuda.get_device_properties(0).total_memory < gibibytes * GiB:
         pytest.skip(f"needs {gibibytes} GiB of GPU memory")
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.grid(cuda_only=True)
@@ -33,7 +32,7 @@ PERIOD = 4093
 
 
 @pytest.mark.grid(first=True, cuda_only=True, needs=("h0", "split"), dtypes=(torch.bfloat16,))
-def test_one_long_sequence(case, option, backend, device, dtype):
+def test_one_long_sequence(case, option, backend, device, dtype, memory):
     """2^30 elements (2^24 tokens of 64 channels), against the torch backend in float64, piece by piece."""
     _needs_memory(60)
     size = {**case.large[0], "b": 1, "l": PERIOD}
@@ -87,7 +86,7 @@ def test_one_long_sequence(case, option, backend, device, dtype):
 
 
 @pytest.mark.grid(first=True, cuda_only=True, dtypes=(torch.bfloat16,))
-def test_outputs_past_int32(case, option, backend, device, dtype):
+def test_outputs_past_int32(case, option, backend, device, dtype, memory):
     """Outputs and gradients of more than 2^31 elements: one row of inputs, seen again and again through stride zero."""
     _needs_memory(70)
     row = case.call(option, {**case.large[0], "b": 1, "l": 1000}).cast(dtype, device)
@@ -116,10 +115,10 @@ def test_many_rows(case, option, backend, device):
 
 
 @GPU
-def test_peak_memory(case, option, backend, device):
+def test_peak_memory(case, option, backend, device, memory):
     """A forward and backward take little more than what they return."""
     _needs_memory(40)
-    benchmark = case.benchmarks[0]
+    benchmark = next(row for row in case.benchmarks if row.option.backends is None or backend in row.option.backends)
     call = case.call(benchmark.option, {**benchmark.size, "l": 256}).cast(benchmark.dtype, device)
     call = call.each(lambda tensor: tensor.repeat_interleave(benchmark.size["l"] // 256, 1))
     cotangents = {"y": torch.ones_like(call.tensors["x"])}

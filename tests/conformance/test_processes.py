@@ -118,5 +118,5 @@ def _far_apart_both_ways(name, backend, device):
 
 
 @pytest.mark.grid(first=True, backends=("cpu", "triton"))
-def test_more_than_int32_elements(case, backend, device):
+def test_more_than_int32_elements(case, backend, device, memory):
     _in_fresh_process(_far_apart_both_ways, case.name, backend, device)

@@ -29,14 +29,14 @@ def _complex(size, generator):
     return {"A": torch.complex(-0.5 - noise.real.abs(), math.pi * torch.arange(n) + noise.imag), "B": B, "C": C}
 
 
-def _poles(value):
-    """Inputs whose A is ``value``, all real or all complex."""
+def _poles(value, over_length=False):
+    """Inputs whose A is ``value``, all real or all complex; ``over_length`` divides it by the number of tokens."""
     dtype = torch.complex128 if isinstance(value, complex) else torch.float64
 
     def inputs(size, generator):
         shape = size["d"], size["n"]
         B, C = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
-        return {"A": torch.full(shape, value, dtype=dtype), "B": B, "C": C}
+        return {"A": torch.full(shape, value / (size["l"] if over_length else 1), dtype=dtype), "B": B, "C": C}
 
     return inputs
 
@@ -79,7 +79,7 @@ CASE = OpCase(
         "complex A = 0": _poles(0j),
         "complex A near 0": _poles(-1e-5 + 1e-5j),
         "A imaginary": _poles(700j),
-        "A > 0": _poles(0.3),
+        "A > 0": _poles(20.0, over_length=True),
         "dt near 0": _step_size(1e-9),
         "dt = 30": _step_size(30.0),
     },
