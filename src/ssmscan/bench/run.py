@@ -95,7 +95,8 @@ def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) ->
     failures = []
     checked: set[object] = set()
     for benchmark in benchmarks_of(case, device):
-        for backend in backends if _elements(case, benchmark) <= BASELINE else backends[:1]:
+        chosen = _able(benchmark, backends)
+        for backend in chosen if _elements(case, benchmark) <= BASELINE else chosen[:1]:
             label = f"bench: {case.name}, {benchmark.variant}, {axes(benchmark.size)}, {backend}"
             check = (*gate.small(benchmark.size).items(), benchmark.option, benchmark.dtype, backend)
             try:
@@ -180,6 +181,12 @@ def draw(case: OpCase, benchmark: Benchmark, device: str) -> Call:
     return call.each(fill)
 
 
+def _able(benchmark: Benchmark, backends: Sequence[str]) -> Sequence[str]:
+    """Those of ``backends`` that run the benchmark; an option without kernels of its own runs in PyTorch."""
+    able = benchmark.option.backends
+    return backends if able is None else [name for name in backends if name in able] or ["torch"]
+
+
 def _elements(case: OpCase, benchmark: Benchmark) -> int:
     token = case.draw({**benchmark.size, "b": 1, "l": 1}, benchmark.option)
     return benchmark.size["b"] * benchmark.size["l"] * token["x"].numel()
@@ -194,7 +201,7 @@ def _host_us(case: OpCase, backend: str) -> float:
     benchmark = case.benchmarks[0]
     size = {**gate.small(benchmark.size), "b": 1, "l": 16}
     call = case.call(benchmark.option, size).cast(benchmark.dtype, "cuda")
-    function = partial(case.op, **call.tensors, **call.keywords, backend=backend)
+    function = partial(case.op, **call.tensors, **call.keywords, backend=_able(benchmark, (backend,))[0])
     with torch.no_grad():
         return measure.host_us(function, call.tensors["x"])
 

@@ -10,7 +10,6 @@ class Config(NamedTuple):
     elements: int  # of a tile, of whole rows: at least one
     per_thread: int
     stages: int  # tiles in flight
-    registers: int | None  # of a thread at most
     programs: int
 
 
@@ -22,12 +21,11 @@ class Plan(NamedTuple):
     walkers: int  # programs for each group
     warps: int
     stages: int
-    registers: int | None
 
 
 # By the bytes of an element of x.
-FORWARD = {2: Config(4096, 32, 3, None, 660), 4: Config(4096, 16, 2, None, 528)}
-BACKWARD = {2: Config(4096, 16, 2, 128, 264), 4: Config(4096, 16, 2, 128, 264)}
+FORWARD = {2: Config(4096, 32, 1, 4224), 4: Config(4096, 16, 2, 528)}
+BACKWARD = {2: Config(4096, 16, 4, 264), 4: Config(4096, 16, 2, 264)}
 
 
 def plan(config: Config, n: int, groups: int, padded: int, row_bytes: int) -> Plan:
@@ -36,5 +34,4 @@ def plan(config: Config, n: int, groups: int, padded: int, row_bytes: int) -> Pl
     warps = min(max(rows * padded // (32 * config.per_thread), 1), 32)
     stages = max(min(config.stages, SHARED // (rows * row_bytes)), 1)
     walkers = min(max(config.programs // groups, 1), -(-n // rows))
-    # The widest program leaves each thread 64 registers as it is.
-    return Plan(groups, rows, walkers, warps, stages, config.registers if warps < 32 else None)
+    return Plan(groups, rows, walkers, warps, stages)

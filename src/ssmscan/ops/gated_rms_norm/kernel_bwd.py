@@ -88,7 +88,7 @@ def backward(
     n, d = x.shape
     padded = triton.next_power_of_2(size)
     row_bytes = padded * (2 * x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages, registers = plan(BACKWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
+    groups, rows, walkers, warps, stages = plan(BACKWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
     partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),
@@ -96,7 +96,6 @@ def backward(
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
         (eps, norm_before_gate, rows, padded, size == padded, stages),
         warps,
-        registers,
     )
     if partial is not None:
         dweight.copy_(partial.sum(0))

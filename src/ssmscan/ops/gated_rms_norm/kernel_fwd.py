@@ -73,13 +73,12 @@ def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, 
     n, d = x.shape
     padded = triton.next_power_of_2(size)
     row_bytes = padded * (x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages, registers = plan(FORWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
+    groups, rows, walkers, warps, stages = plan(FORWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
     gated_rms_norm_forward.launch(
         (groups * walkers, 1, 1),
         (x, weight.contiguous(), z, y),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0)),
         (eps, norm_before_gate, rows, padded, size == padded, stages),
         warps,
-        registers,
     )
     return y

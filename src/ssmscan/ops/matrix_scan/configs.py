@@ -9,25 +9,11 @@ class Config(NamedTuple):
     stages: int  # tiles in flight
 
 
-# By the bytes of an element of x, whether a row has more than 32 columns, and whether sequences are packed: with their
-# states, two columns do not fit into the registers of a thread.
-FORWARD = {
-    (2, False, False): Config(32, 1, 8),
-    (2, False, True): Config(32, 1, 6),
-    (2, True, False): Config(64, 1, 6),
-    (2, True, True): Config(64, 2, 6),
-    (4, False, False): Config(32, 1, 6),
-    (4, False, True): Config(32, 1, 4),
-    (4, True, False): Config(64, 1, 4),
-    (4, True, True): Config(64, 2, 4),
-}
-BACKWARD = {
-    (2, False, False): Config(32, 1, 6),
-    (2, False, True): Config(32, 1, 4),
-    (2, True, False): Config(64, 1, 4),
-    (2, True, True): Config(64, 2, 4),
-    (4, False, False): Config(32, 1, 4),
-    (4, False, True): Config(32, 1, 3),
-    (4, True, False): Config(64, 2, 3),
-    (4, True, True): Config(64, 2, 3),
-}
+_NARROW = Config(32, 1, 4)
+# By the bytes of an element of x.
+_WIDE = {2: Config(64, 1, 4), 4: Config(64, 1, 3)}
+
+
+def config(itemsize: int, columns: int, packed: bool) -> Config:
+    """With their states, two columns of packed sequences do not fit into the registers of a thread."""
+    return _NARROW if columns <= 32 or packed else _WIDE[itemsize]

@@ -24,7 +24,7 @@ from ssmscan.ops._triton.walk import (
     plan,
     store_tile,
 )
-from ssmscan.ops.matrix_scan.configs import BACKWARD
+from ssmscan.ops.matrix_scan.configs import config
 from ssmscan.ops.matrix_scan.kernel_fwd import load_decays
 
 
@@ -38,7 +38,7 @@ def _tile(
     t = tl.cast(t, tl.int64)
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
-    decays = load_decays(log_a + t * a_step, row * a_step, exists, WHOLE)
+    decays = load_decays(log_a + t * a_step, row * a_step, exists, BD, WHOLE)
     dys = load_tile(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
@@ -135,7 +135,7 @@ def matrix_scan_backward(
             dh0 += matrix_row * C
 
     g = tl.zeros((BD,), tl.float32)
-    product = tl.full((1,), 1.0, tl.float32)
+    product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if dh is not None and sequence is None:
             g = tl.load(dh + state_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -159,7 +159,7 @@ def matrix_scan_backward(
 
     if SUMMARY:
         row = summary_row + segment.to(tl.int64) * C + columns
-        tl.store(products + row, product + tl.zeros((BD,), tl.float32), mask=inside)
+        tl.store(products + row, product, mask=inside)
         tl.store(totals + row, g, mask=inside)
     elif dh0 is not None and sequence is None:
         tl.store(dh0 + state_row + columns, g, mask=inside & (begin == 0))
@@ -185,8 +185,8 @@ def backward(
         dh0.copy_(dh) if dh is not None else dh0.zero_()
     if batch * r * c == 0:
         return dx, log_a.new_zeros(batch if needs[1] else 0, l, r), dh0
-    config = BACKWARD[x.dtype.itemsize, c > 32, sequence is not None]
-    blocks, length, segments = plan(batch * r, l, c, config.BD, config.warps)
+    BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
+    blocks, length, segments = plan(batch * r, l, c, BD, warps)
     sums = log_a.dtype if blocks == 1 else torch.float32
     da = log_a.new_empty(batch if needs[1] else 0, l, r, blocks, dtype=sums)
     x, decay, dy = channels_last(x), log_a.float(), channels_last(dy)
@@ -203,7 +203,7 @@ def backward(
         *decay.stride(),
         *dy.stride()[:3],
     )
-    constants = (config.BD, c % config.BD == 0, config.stages)
+    constants = (BD, c % BD == 0, stages)
     products = totals = None
     if segments > 1:
         products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
@@ -212,7 +212,7 @@ def backward(
             (x, decay, dy, h0, sequence, None, None, None, dh, None, products, totals),
             integers,
             (True, *constants),
-            config.warps,
+            warps,
         )
     outputs = (dx if needs[0] else None, da if needs[1] else None, dh, None if h0 is None else dh0)
     matrix_scan_backward.launch(
@@ -220,7 +220,7 @@ def backward(
         (x, decay, dy, h0, sequence, states, *outputs, products, totals),
         integers,
         (False, *constants),
-        config.warps,
+        warps,
     )
     # A plain sum adds in the same order every time.
     dlog_a = da.squeeze(-1) if blocks == 1 else da.sum(-1).to(log_a.dtype)

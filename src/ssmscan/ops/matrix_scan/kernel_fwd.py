@@ -1,7 +1,7 @@
 """The forward tile-walk of matrix_scan, and its launcher.
 
-A program walks the sequence for one row of the state, or BD of its columns. A row's decay is one number per step: the
-tile of decays has a single column, whose 16 values every thread holds.
+A program walks the sequence for one row of the state, or BD of its columns. A row's decay is one number per step: of a
+tile's decays each thread loads one, and passes it on.
 """
 
 import torch
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.activation import exp
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     ROWS,
@@ -19,21 +20,23 @@ from ssmscan.ops._triton.walk import (
     gather_states,
     load_tile,
     plan,
-    rows,
     store_tile,
 )
-from ssmscan.ops.matrix_scan.configs import FORWARD
+from ssmscan.ops.matrix_scan.configs import config
 
 
 @triton.jit
-def load_decays(log_a, offset, exists, WHOLE: tl.constexpr):
-    """The decays of 16 steps, each of shape [1]; 1 where a step does not exist."""
-    pointers = log_a + offset[:, None] + tl.arange(0, 1)[None, :]
+def load_decays(log_a, offset, exists, BD: tl.constexpr, WHOLE: tl.constexpr):
+    """The decays of 16 steps, each for BD columns; 1 where a step does not exist."""
     if WHOLE:
-        tile = tl.load(pointers)
+        logs = tl.load(log_a + offset)
     else:
-        tile = tl.load(pointers, mask=exists[:, None], other=0.0)
-    return rows(tl.exp(tile), 1)
+        logs = tl.load(log_a + offset, mask=exists, other=0.0)
+    each = exp(logs)
+    decays = ()
+    for i in tl.static_range(16):
+        decays = decays + (tl.gather(each, tl.full((BD,), i, tl.int32), 0),)
+    return decays
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _tile(
     if states is not None:
         tl.store(states + t // 16 * R * C + columns, h, mask=columns < C)
     xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
-    decays = load_decays(log_a + t * a_step, row * a_step, exists, WHOLE)
+    decays = load_decays(log_a + t * a_step, row * a_step, exists, BD, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
         starts = edges(sequence, t, row, direction, L, False)
@@ -106,7 +109,7 @@ def matrix_scan_forward(
         states += (batch * tl.cdiv(L, 16) * R + matrix_row) * C
 
     h = tl.zeros((BD,), tl.float32)
-    product = tl.full((1,), 1.0, tl.float32)
+    product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if h0 is not None and sequence is None:
             h = tl.load(h0 + (batch * R + matrix_row) * C + columns, mask=inside, other=0.0).to(tl.float32)
@@ -128,7 +131,7 @@ def matrix_scan_forward(
 
     if SUMMARY:
         row = summary_row + segment.to(tl.int64) * C + columns
-        tl.store(products + row, product + tl.zeros((BD,), tl.float32), mask=inside)
+        tl.store(products + row, product, mask=inside)
         tl.store(totals + row, h, mask=inside)
     elif sequence is None:
         tl.store(hn + batch * R * C + columns, h, mask=inside & (end == L))
@@ -148,10 +151,10 @@ def forward(
     # Elements of four bytes can be loaded ahead, narrower ones that are not adjacent cannot.
     x, log_a = channels_last(x), log_a.float()
     h0 = None if h0 is None else h0.contiguous()
-    config = FORWARD[x.dtype.itemsize, c > 32, sequence is not None]
-    blocks, length, segments = plan(batch * r, l, c, config.BD, config.warps)
+    BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
+    blocks, length, segments = plan(batch * r, l, c, BD, warps)
     integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *x.stride()[:3], *log_a.stride())
-    constants = (config.BD, c % config.BD == 0, config.stages)
+    constants = (BD, c % BD == 0, stages)
     products = totals = None
     if segments > 1:
         products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
@@ -161,13 +164,13 @@ def forward(
             (x, log_a, h0, sequence, None, None, None, products, totals),
             integers,
             (True, *constants),
-            config.warps,
+            warps,
         )
     matrix_scan_forward.launch(
         (batch * r * blocks, segments, 1),
         (x, log_a, h0, sequence, y, hn, states, products, totals),
         integers,
         (False, *constants),
-        config.warps,
+        warps,
     )
     return y, hn, states

@@ -11,4 +11,4 @@ class Config(NamedTuple):
 
 # By the bytes of an element of x.
 FORWARD = {2: Config(32, 1, 5), 4: Config(64, 2, 3)}
-BACKWARD = {2: Config(32, 1, 4), 4: Config(64, 2, 2)}
+BACKWARD = {2: Config(64, 2, 4), 4: Config(64, 2, 2)}

@@ -59,18 +59,18 @@ def _tile(
         last = bits(ends)
         if dh is not None:
             final = gather_states(dh, owner, ends, last, channels, D, BD)
-    # The open gates, the decay, √(1 − a²) and its bounded inverse.
+    # The open gates, the decay a, the gain √(1 − a²), and how fast that falls with log a, bounded: a²/gain.
     rs = ()
     decays = ()
     gains = ()
-    inverses = ()
+    falls = ()
     for i in tl.static_range(16):
         r = sigmoid(grs[i].to(tl.float32))
         a, gain, inverse = decay_and_gain(r, rate)
         rs = rs + (r,)
         decays = decays + (a,)
         gains = gains + (gain,)
-        inverses = inverses + (tl.minimum(inverse, 1000.0),)
+        falls = falls + (a * a * tl.minimum(inverse, 1000.0),)
     if not SUMMARY:
         xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
@@ -87,7 +87,7 @@ def _tile(
             decayed = decayed + (h,)
             opened = sigmoid(gis[i].to(tl.float32))
             opens = opens + (opened,)
-            h += gains[i] * opened * xs[i].to(tl.float32)
+            h += gains[i] * (opened * xs[i].to(tl.float32))
     # The walk goes backward, so the rows are gathered from the front.
     dxs = ()
     dis = ()
@@ -104,16 +104,17 @@ def _tile(
             product = tl.where(ended, 0.0, product)
         g += dys[i].to(tl.float32)
         if not SUMMARY:
+            v = xs[i].to(tl.float32)
+            u = opens[i] * v
             du = g * gains[i] * opens[i]
-            u = xs[i].to(tl.float32) * opens[i]
-            dlog_a = g * (decayed[i] - u * decays[i] * decays[i] * inverses[i])
-            total += dlog_a * rs[i]
+            slowing = g * (decayed[i] - u * falls[i]) * rs[i]
+            total += slowing
             if dx is not None:
                 dxs = (du,) + dxs
             if di is not None:
-                dis = (du * xs[i].to(tl.float32) * (1.0 - opens[i]),) + dis
+                dis = (du * (v - u),) + dis
             if dr is not None:
-                drs = (-rate * dlog_a * rs[i] * (1.0 - rs[i]),) + drs
+                drs = (slowing * (rate * rs[i] - rate),) + drs
         g *= decays[i]
         gs = (g,) + gs
         product *= decays[i]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import sigmoid, softplus
+from ssmscan.ops._triton.activation import exp, sigmoid, softplus
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     ROWS,
@@ -31,11 +31,11 @@ def open_gate_rate(a_param, channels, D):
 @triton.jit
 def decay_and_gain(gate, rate):
     """a = exp(-rate·gate), √(1 − a²), and the inverse of that, at most 1e15."""
-    a = tl.exp(-rate * gate)
-    # Where a is near 1, 1 − a² is summed from the series of 1 − exp(-q).
-    q = 2.0 * rate * gate
-    series = q * (1.0 - q * (1 / 2 - q * (1 / 6 - q * (1 / 24 - q * (1 / 120 - q * (1 / 720))))))
-    square = tl.where(q < 0.25, series, 1.0 - a * a)
+    s = rate * gate
+    a = exp(-s)
+    # Where a is near 1, 1 − a² is summed from the series of 1 − exp(-2s).
+    series = s * (2.0 - s * (2.0 - s * (4 / 3 - s * (2 / 3 - s * (4 / 15)))))
+    square = tl.where(s < 0.0625, series, 1.0 - a * a)
     inverse = tl.rsqrt(tl.maximum(square, 1e-30))
     return a, square * inverse, inverse
 
@@ -69,7 +69,7 @@ def _tile(
             h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
             product = tl.where((first >> i) & 1 != 0, 0.0, product)
         a, gain, _ = decay_and_gain(sigmoid(grs[i].to(tl.float32)), rate)
-        h = a * h + gain * sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32)
+        h = a * h + gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
         product *= a
         hs = hs + (h,)
     if not SUMMARY:
