@@ -104,9 +104,10 @@ def test_full_size_check(place):
 def test_sizes():
     size = {"b": 8, "l": 8192, "d": 2048}
     rows = run.benchmarks_of(replace(CASE, benchmarks=(Benchmark("first", size, ALL), CASE.benchmarks[2])), "cuda")
-    assert [row.variant for row in rows] == ["headline", "launches"] + ["length sweep"] * 6
-    assert [row.size["l"] for row in rows[2:]] == [1024, 2048, 4096, 16384, 32768, 65536]
-    assert {row.size["b"] * row.size["l"] for row in rows[2:]} == {65536}
+    assert [row.variant for row in rows] == ["headline", "launches"] + [result.STEP] * 2 + ["length sweep"] * 6
+    assert [(row.size["b"], row.size["l"]) for row in rows[2:4]] == [(1, 1), (64, 1)]
+    assert [row.size["l"] for row in rows[4:]] == [1024, 2048, 4096, 16384, 32768, 65536]
+    assert {row.size["b"] * row.size["l"] for row in rows[4:]} == {65536}
     here = Benchmark("here", {"b": 2, "l": 2048, "d": 64}, ALL, device="cpu")
     rows = run.benchmarks_of(replace(CASE, benchmarks=(Benchmark("first", size, ALL), here)), "cpu")
     assert [(row.variant, row.size["b"], row.size["l"]) for row in rows] == [
@@ -172,5 +173,5 @@ def test_device_rows(tmp_path):
     assert run.run_cases([CASE], tmp_path, "cuda", ("triton", "torch"), source="abc")
     (record,) = result.read_all(tmp_path)
     assert record.host_us is not None
-    assert {row.variant for row in record.rows} == {"headline", "x and a", "launches"}
+    assert {row.variant for row in record.rows} == {"headline", "x and a", "launches", result.STEP}
     assert all(row.median_ms > 0 and row.peak_mib is not None and row.peak_mib > 0 for row in record.rows)

@@ -13,6 +13,7 @@ import torch
 
 HEADLINE = "headline"
 SWEEP = "length sweep"
+STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
 
 

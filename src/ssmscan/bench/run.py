@@ -12,15 +12,17 @@ from torch import Tensor
 from ssmscan import backend as available
 from ssmscan.bench import gate, measure
 from ssmscan.bench.report import axes, show
-from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row, commit, machine, now, versions
+from ssmscan.bench.result import DIRECTIONS, HEADLINE, STEP, SWEEP, Result, Row, commit, machine, now, versions
 from ssmscan.shapes import error
-from ssmscan.testing import Benchmark, Call, OpCase
+from ssmscan.testing import Benchmark, Call, OpCase, assert_close
 
 # Inputs repeat after this many tokens, since drawing takes longer than timing. A prime: whatever is read from the wrong
 # tile, segment or batch row has other values there, and the check at full size sees it.
 TOKENS = 8191
 # Lengths of the sweep, at the headline's number of tokens.
 LENGTHS = tuple(2**k for k in range(10, 17))
+# Batches of the decode steps.
+BATCHES = (1, 64)
 # The most elements of x at which further backends are timed, as baselines.
 BASELINE = 2**23
 
@@ -77,17 +79,23 @@ def backends_of(case: OpCase, device: str, wanted: Sequence[str] = ()) -> list[s
 
 
 def benchmarks_of(case: OpCase, device: str) -> list[Benchmark]:
-    """The case's rows for ``device`` and, at the tokens of the first, a sweep of lengths."""
+    """The case's rows for ``device`` and, at the sizes of the first, decode steps and a sweep of lengths."""
     rows = [row for row in case.benchmarks if row.device == device]
     if not rows:
         return []
     headline = rows[0] = replace(rows[0], variant=HEADLINE)
     tokens = headline.size["b"] * headline.size["l"]
-    return rows + [
+    steps = [
+        replace(headline, variant=STEP, size={**headline.size, "b": batch, "l": 1})
+        for batch in BATCHES
+        if device == "cuda" and case.has(headline.option, "step")
+    ]
+    sweep = [
         replace(headline, variant=SWEEP, size={**headline.size, "b": tokens // length, "l": length}, graph=False)
         for length in LENGTHS
         if length <= tokens and length != headline.size["l"]
     ]
+    return rows + steps + sweep
 
 
 def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) -> tuple[list[Row], list[str]]:
@@ -96,14 +104,18 @@ def _measure(case: OpCase, device: str, backends: Sequence[str], copy: float) ->
     checked: set[object] = set()
     for benchmark in benchmarks_of(case, device):
         chosen = _able(benchmark, backends)
-        for backend in chosen if _elements(case, benchmark) <= BASELINE else chosen[:1]:
+        alone = benchmark.variant == STEP or _elements(case, benchmark) > BASELINE
+        for backend in chosen[:1] if alone else chosen:
             label = f"bench: {case.name}, {benchmark.variant}, {axes(benchmark.size)}, {backend}"
             check = (*gate.small(benchmark.size).items(), benchmark.option, benchmark.dtype, backend)
             try:
                 if check not in checked:
                     gate.check_small(case, benchmark, backend, device)
                     checked.add(check)
-                new = _time(case, benchmark, backend, device, copy)
+                if benchmark.variant == STEP:
+                    new = _time_step(case, benchmark, backend, copy)
+                else:
+                    new = _time(case, benchmark, backend, device, copy)
             except AssertionError as wrong:
                 failures.append(f"{label}: wrong results: {wrong}")
                 continue
@@ -147,24 +159,55 @@ def _time(case: OpCase, benchmark: Benchmark, backend: str, device: str, copy: f
         else:
             timing = measure.time_calls(function, sets, device)
         floor = max(nbytes[direction] / copy / 1e6, _arithmetic_ms(case, benchmark, direction, device))
-        peak = measure.peak_mib(function, device)
-        rows.append(
-            Row(
-                op=case.name,
-                shape=dict(benchmark.size),
-                dtype=str(benchmark.dtype).removeprefix("torch."),
-                direction=direction,
-                backend=backend,
-                variant=benchmark.variant,
-                median_ms=_rounded(timing.median_ms),
-                p20_ms=_rounded(timing.p20_ms),
-                p80_ms=_rounded(timing.p80_ms),
-                floor_ms=_rounded(floor),
-                ratio_to_floor=_rounded(timing.median_ms / floor),
-                peak_mib=None if peak is None else _rounded(peak),
-            )
-        )
+        rows.append(_row(case, benchmark, direction, backend, timing, floor, measure.peak_mib(function, device)))
     return rows
+
+
+def _time_step(case: OpCase, benchmark: Benchmark, backend: str, copy: float) -> list[Row]:
+    """Decode steps within a graph's replay, after the second of two tokens was found to give what a scan gives."""
+    function = case.step
+    assert function is not None
+    call = case.call(benchmark.option, {**benchmark.size, "l": 2}).cast(benchmark.dtype, "cuda")
+    whole = call.run(backend)
+    token, h = call.each(lambda tensor: tensor[:, 1]), call.each(lambda tensor: tensor[:, :1]).run(backend)["h"]
+    nbytes = sum(tensor.nbytes for tensor in token.tensors.values()) + whole["y"][:, 1].nbytes + 2 * h.nbytes
+    sets = measure.input_sets(nbytes, "cuda")
+    tokens = [call.replace(**{name: tensor.clone() for name, tensor in token.tensors.items()}) for _ in range(sets)]
+    states = [h.clone() for _ in range(sets)]
+
+    def step(i: int) -> Tensor:
+        return function(**tokens[i].tensors, **call.keywords, h=states[i])
+
+    with torch.no_grad():
+        stepped = {"y": step(0)[:, None], "h": states[0]}
+        assert_close(stepped, {"y": whole["y"][:, 1:], "h": whole["h"]}, benchmark.dtype)
+        timing = measure.time_graph(step, sets)
+    return [_row(case, benchmark, "fwd", "auto", timing, nbytes / copy / 1e6, measure.peak_mib(step, "cuda"))]
+
+
+def _row(
+    case: OpCase,
+    benchmark: Benchmark,
+    direction: str,
+    backend: str,
+    timing: measure.Timing,
+    floor: float,
+    peak: float | None,
+) -> Row:
+    return Row(
+        op=case.name,
+        shape=dict(benchmark.size),
+        dtype=str(benchmark.dtype).removeprefix("torch."),
+        direction=direction,
+        backend=backend,
+        variant=benchmark.variant,
+        median_ms=_rounded(timing.median_ms),
+        p20_ms=_rounded(timing.p20_ms),
+        p80_ms=_rounded(timing.p80_ms),
+        floor_ms=_rounded(floor),
+        ratio_to_floor=_rounded(timing.median_ms / floor),
+        peak_mib=None if peak is None else _rounded(peak),
+    )
 
 
 def draw(case: OpCase, benchmark: Benchmark, device: str) -> Call:
