@@ -66,6 +66,8 @@ def test_tables(result):
         "| 1.03 | 256 MiB |",
     ]
     assert "2026-01-02, commit abc, torch 2.11.0, triton 3.6.0, copy limit 4270 GB/s" in lines[-1]
+    headlines = report.tables([result], headlines=True).splitlines()
+    assert [line for line in headlines if line.startswith("|")] == [line for line in lines if line.startswith("|")][:4]
 
 
 def test_insert_replaces_what_stood_there():

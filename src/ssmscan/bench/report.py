@@ -17,8 +17,8 @@ _COLOURS = {"fwd": "#2563eb", "fwdbwd": "#c2410c"}
 _NAMES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 
 
-def tables(results: Sequence[Result]) -> str:
-    """The results in Markdown: for each machine what ran there, and a table of all but the sweeps."""
+def tables(results: Sequence[Result], headlines: bool = False) -> str:
+    """The results in Markdown: for each machine what ran there, and a table of all but the sweeps, or of headlines."""
     parts = []
     for gpu in dict.fromkeys(result.gpu for result in results):
         here = [result for result in results if result.gpu == gpu]
@@ -41,7 +41,7 @@ def tables(results: Sequence[Result]) -> str:
             )
             for result in here
             for row in result.rows
-            if row.variant != SWEEP
+            if (row.variant == HEADLINE if headlines else row.variant != SWEEP)
         ]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
         parts.append("\n".join(f"- {result.op}: {_origin(result)}." for result in here))
