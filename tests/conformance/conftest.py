@@ -8,15 +8,14 @@ The mark `grid` changes the choice: ``needs`` names features that the operation 
 option only, ``every_size`` takes more than the first size, ``cuda_only`` leaves out the CPU, and ``backends``,
 ``dtypes`` and ``settings`` replace what would be tried.
 
-Triton's interpreter is slow. Of its rows those are marked `slow` that ``interpret`` does not ask for: "first", when
-nothing is said, takes a few rows of the first option, in which each value of an argument occurs; "values" such rows of
-all options; "pairs" so many that each pair of values occurs; "none" leaves to the GPU what follows from other tests.
+Triton's interpreter is slow. Of its rows those are marked `slow` that ``interpret`` does not ask for: "none", when
+nothing is said, leaves all of them to the GPU; "first" takes a few rows of the first option, in which each value of an
+argument occurs; "values" takes such rows of all options.
 """
 
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("grid")
     names = [name for name in AXES if name in metafunc.fixturenames]
     wanted = dict(marker.kwargs) if marker else {}
-    interpret = wanted.pop("interpret", "first")
+    interpret = wanted.pop("interpret", "none")
     # One row for each combination of what the test takes.
     rows = {tuple(_label(name, row[name]) for name in names): row for row in _rows(set(names), **wanted)}
     quick = {labels for case in CASES for labels in _quick(rows, case, interpret)}
@@ -97,11 +96,11 @@ def _marks(row: Row, quick: bool) -> list[pytest.MarkDecorator]:
 
 
 def _quick(rows: dict[tuple[str, ...], Row], case: OpCase, interpret: str) -> Iterator[tuple[str, ...]]:
-    """The interpreted rows of ``case`` that are not slow: always the one with most values (or pairs) not yet seen."""
+    """The interpreted rows of ``case`` that are not slow: always the one with most values not yet seen."""
     chosen = {labels: row for labels, row in rows.items() if row["case"] is case and _is_interpreted(row)}
     if interpret == "first":
         chosen = {labels: row for labels, row in chosen.items() if row["option"] is case.options[0]}
-    parts = {labels: set(combinations(enumerate(labels), 2 if interpret == "pairs" else 1)) for labels in chosen}
+    parts = {labels: set(enumerate(labels)) for labels in chosen}
     missing = set().union(*parts.values()) if interpret != "none" else set()
     while missing:
         best = max(parts, key=lambda labels: len(parts[labels] & missing))

@@ -8,7 +8,7 @@ from ssmscan.testing import Setting, assert_close, assert_same_bits, draw_cotang
 REFERENCE = ("reference", "torch", "cpu", "triton")
 
 
-@pytest.mark.grid(first=True, backends=REFERENCE)
+@pytest.mark.grid(first=True, backends=REFERENCE, interpret="first")
 def test_empty(case, option, backend, device, setting, size):
     """Nothing to run: the state passes through, and every gradient has its argument's shape."""
     for axis in {"d"} & {*size} if setting.lengths is not None else {"b", "l", "d"} & {*size}:
@@ -35,7 +35,7 @@ def test_packed_without_tokens(case, option, backend, device, size, lengths):
         assert torch.equal(values["dh0"], draw_cotangents(values)["h"])
 
 
-@pytest.mark.grid(backends=REFERENCE)
+@pytest.mark.grid(backends=REFERENCE, interpret="first")
 def test_one_token(case, option, backend, device, size):
     """The last tokens, given the state before them, through the same code that runs whole sequences."""
     call = case.call(option, {**size, "l": 1}).cast(widest(backend), device)
@@ -130,7 +130,7 @@ def _dense(call, cotangents, backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.grid(first=True)
+@pytest.mark.grid(first=True, interpret="first")
 def test_strides(case, option, backend, device, size, layout):
     """Of the inputs (b, l, ...), of the initial state, and of both incoming gradients."""
     change = LAYOUTS[layout]

@@ -65,7 +65,7 @@ class _Guards:
             yield
 
 
-@pytest.mark.grid(every_size=True)
+@pytest.mark.grid(every_size=True, interpret="first")
 def test_guard_bands(case, option, backend, device, dtype, setting, size):
     """The band around an input holds NaN, so that a read outside shows in the result."""
     call = case.call(option, size, setting).cast(dtype, device)

@@ -27,7 +27,7 @@ def _in_fresh_process(function, *arguments):
         return pool.submit(function, *arguments).result(timeout=300)
 
 
-@pytest.mark.grid(first=True, backends=("cpu", "triton"), interpret="none")
+@pytest.mark.grid(first=True, backends=("cpu", "triton"))
 def test_fresh_process(case, backend, device):
     assert_same_bits(_in_fresh_process(_values, case.name, backend, device), _values(case.name, backend, device))
 

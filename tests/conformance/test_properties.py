@@ -18,7 +18,7 @@ def _setting(case, option, **wanted):
     return Setting("drawn", h0=case.has(option, "h0"), **wanted)
 
 
-@pytest.mark.grid(needs=("linear",), interpret="none")
+@pytest.mark.grid(needs=("linear",))
 @given(seed=SEEDS, factor=st.floats(-4, 4))
 def test_linear(case, option, backend, device, size, seed, factor):
     setting = _setting(case, option)
@@ -48,7 +48,7 @@ def test_causal(case, option, backend, device, size, reverse, seed, data):
     assert not torch.equal(before[:, t], after[:, t])
 
 
-@pytest.mark.grid(needs=("h0", "split"), interpret="none")
+@pytest.mark.grid(needs=("h0", "split"))
 @given(seed=SEEDS, data=st.data())
 def test_split_and_carry(case, option, backend, device, size, reverse, seed, data):
     """Two pieces, the second from the state that the first left; gradients flow back through that state."""
@@ -66,7 +66,7 @@ def test_split_and_carry(case, option, backend, device, size, reverse, seed, dat
     assert_close(differentiate(in_pieces, call), call.differentiate(backend), widest(backend))
 
 
-@pytest.mark.grid(needs=("reverse",), interpret="none")
+@pytest.mark.grid(needs=("reverse",))
 @given(seed=SEEDS, lengths=st.none() | LENGTHS)
 def test_reverse_is_flipped(case, option, backend, device, size, seed, lengths):
     if lengths is not None and not case.has(option, "cu_seqlens"):
@@ -106,7 +106,7 @@ def test_packed_is_separate(case, option, backend, device, size, reverse, seed, 
     assert_close(differentiate(separately, call), call.differentiate(backend), widest(backend))
 
 
-@pytest.mark.grid(first=True, interpret="none")
+@pytest.mark.grid(first=True)
 @given(seed=SEEDS)
 def test_batch_is_separate(case, option, backend, device, size, seed):
     call = case.call(option, size, _setting(case, option), seed).cast(widest(backend), device)
@@ -140,7 +140,7 @@ def test_prefill_then_steps(case, option, backend, device, dtype, size, seed, da
     assert_close({"h": h}, {"h": whole["h"]}, dtype if case.rounds else torch.float32)
 
 
-@pytest.mark.grid(needs=("cu_seqlens",))
+@pytest.mark.grid(needs=("cu_seqlens",), interpret="first")
 @given(seed=SEEDS, lengths=LENGTHS, data=st.data())
 def test_documents_do_not_meet(case, option, backend, device, size, reverse, seed, lengths, data):
     """Another document in its place changes no bit of the others: outputs, states, gradients."""

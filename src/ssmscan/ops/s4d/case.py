@@ -93,6 +93,8 @@ CASE = OpCase(
         {"b": 40, "l": 63, "d": 8, "n": 1},
         {"b": 2, "l": 4099, "d": 16, "n": 70},
     ),
+    # The states before every chunk of 64 tokens, of the scan and its adjoint, and parts of the matrices' gradients.
+    peak_memory=7.6,
     benchmarks=(
         Benchmark("conv", {"b": 8, "l": 4096, "d": 1024, "n": 64}, CONV),
         Benchmark("recurrent", {"b": 8, "l": 4096, "d": 1024, "n": 64}, COMPLEX),
