@@ -14,6 +14,8 @@ from ssmscan.ops import (
     s4d_step,
     selective_scan,
     selective_scan_step,
+    ssd,
+    ssd_step,
 )
 
 __all__ = [
@@ -30,5 +32,7 @@ __all__ = [
     "s4d_step",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from ssmscan.ops.matrix_scan import matrix_scan, matrix_scan_step
 from ssmscan.ops.rg_lru import rg_lru, rg_lru_step
 from ssmscan.ops.s4d import s4d, s4d_lin, s4d_real, s4d_step
 from ssmscan.ops.selective_scan import selective_scan, selective_scan_step
+from ssmscan.ops.ssd import ssd, ssd_step
 
 __all__ = [
     "causal_conv1d",
@@ -22,4 +23,6 @@ __all__ = [
     "s4d_step",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
 ]

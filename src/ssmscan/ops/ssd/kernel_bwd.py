@@ -59,7 +59,8 @@ def backward(
         dh0.copy_(dh) if dh is not None else dh0.zero_()
     tiles = choose(x, n, backward=True)
     chunked = None if h0 is None else table(sequence, h0, tiles, reverse)
-    chunks = -(-l // tiles.Q) if chunked is None else chunked.shape[1]
+    # Without tokens packed sequences still have a chunk each, of which no kernel would write a part.
+    chunks = -(-l // tiles.Q) if chunked is None or l == 0 else chunked.shape[1]
     of_heads, splits = split_heads(batch * chunks * groups, heads // groups)
     # Each chunk gives a part of the gradients of A, D and dt_bias, each split of the heads one of those of B and C.
     dAs, dbiases = x.new_empty(2, batch, chunks, heads, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
@@ -73,7 +74,7 @@ def ssd(
 
     Example:
         >>> import torch
-        >>> from ssmscan.ops.ssd import ssd
+        >>> from ssmscan import ssd
         >>> x, dt, A = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1), torch.tensor([0.5]).log()
         >>> B, C = torch.ones(1, 3, 1, 2), torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2)
         >>> y, h = ssd(x, dt, A, B, C)
@@ -101,7 +102,9 @@ def ssd(
     if implementation == "reference":
         return reference.ssd(*arguments)
     if implementation == "torch":
-        return chunked.ssd(*arguments)
+        # Autocast would round the matrix products to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            return chunked.ssd(*arguments)
     return autograd.ssd(*arguments, implementation)
 
 
@@ -137,7 +140,7 @@ def ssd_step(
 
     Example:
         >>> import torch
-        >>> from ssmscan.ops.ssd import ssd_step
+        >>> from ssmscan import ssd_step
         >>> x, dt, A, B = torch.ones(1, 1, 1), torch.ones(1, 1), torch.zeros(1), torch.ones(1, 1, 2)
         >>> h = torch.ones(1, 1, 1, 2)
         >>> ssd_step(x, dt, A, B, B, h=h).tolist(), h.tolist()
