@@ -10,14 +10,24 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def exp2(v):
+    """2^v for float32, to a few units in the last place; below 1e-38 it is 0, which saves four instructions."""
+    if _INTERPRET:
+        power = tl.exp2(v)
+    else:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return power
+
+
+@triton.jit
 def exp(z):
-    """exp(z) for float32, to a few units in the last place; below 1e-38 it is 0, which saves four instructions."""
+    """exp(z) as :func:`exp2` has it."""
     if _INTERPRET:
         power = tl.exp(z)
     else:
-        power = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * _LOG2E], dtype=tl.float32, is_pure=True, pack=1
-        )
+        power = exp2(z * _LOG2E)
     return power
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.ssd.configs import choose, split_heads
-from ssmscan.ops.ssd.kernel_fwd import float32, per_channel, table
+from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import gradients
+from ssmscan.ops.ssd.kernel_steps import step_gradients, steps
 from ssmscan.ops.ssd.kernel_walk import walk
 
 # The states between chunks of as many batch rows are kept at once.
@@ -59,17 +60,18 @@ def backward(
         dh0.copy_(dh) if dh is not None else dh0.zero_()
     tiles = choose(x, n, backward=True)
     chunked = None if h0 is None else table(sequence, h0, tiles, reverse)
-    # Without tokens packed sequences still have a chunk each, of which no kernel would write a part.
-    chunks = -(-l // tiles.Q) if chunked is None or l == 0 else chunked.shape[1]
+    chunks = -(-l // tiles.Q) if chunked is None else chunked.shape[1]
     of_heads, splits = split_heads(batch * chunks * groups, heads // groups)
+    # Without tokens or channels no kernel runs.
+    new = x.new_empty if x.numel() > 0 else x.new_zeros
     # Each chunk gives a part of the gradients of A, D and dt_bias, each split of the heads one of those of B and C.
-    dAs, dbiases = x.new_empty(2, batch, chunks, heads, dtype=torch.float32)
-    dDs = x.new_empty(batch, chunks, heads, 0 if D is None else p, dtype=torch.float32)
-    dBs, dCs = x.new_empty(2, splits, batch, l, groups, n, dtype=torch.float32)
+    dAs, dbiases = new((2, batch, chunks, heads), dtype=torch.float32)
+    dDs = new((batch, chunks, *(() if D is None else D.shape)), dtype=torch.float32)
+    dBs, dCs = new((2, splits, batch, l, groups, n), dtype=torch.float32)
     if x.numel() > 0:
-        step = (softplus, low, high)
         xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
-        rate, bias, skip = float32(A), float32(dt_bias), per_channel(D, p)
+        rate, bias, options = float32(A), float32(dt_bias), (softplus, low, high)
+        by_head, by_channel = (D is not None and D.dim() == axes for axes in (1, 2))
         at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
         states, adjoints = x.new_empty(2, at_once, chunks, heads, p, n, dtype=tiles.dtype)
         for begin in range(0, batch, at_once):
@@ -77,25 +79,23 @@ def backward(
             # Packed sequences have one batch row, and many states.
             own = part if sequence is None else slice(None)
             x_, dt_, B_, C_, dy_ = (v[part] for v in (xs, dt, Bs, Cs, dys))
+            sizes = steps(dt_, rate, bias, chunked, tiles, options, reverse)
             h, last = (None if v is None else v[own] for v in (h0, dh))
             y = None if z is None else x.new_empty(x_.shape, dtype=tiles.dtype)
-            walk(x_, B_, dt_, rate, bias, h, chunked, tiles, step, reverse, c=C_, D=skip, y=y, states=states)
+            walk(x_, B_, sizes, h, chunked, tiles, reverse, c=C_, D=D, y=y, states=states)
             if z is not None and y is not None:
                 dy_ = _gate(dy_, y, z[part], dz[part])
-            walk(
-                dy_, C_, dt_, rate, bias, last, chunked, tiles, step, reverse, adjoint=True, states=adjoints,
-                final=dh0[own] if initial else None,
+            final = dh0[own] if initial else None
+            walk(dy_, C_, sizes, last, chunked, tiles, reverse, adjoint=True, states=adjoints, final=final)
+            flows = gradients(
+                x_, dy_, B_, C_, D, chunked, sizes, states, adjoints, dx[part], dBs[:, part], dCs[:, part],
+                dDs[part] if by_channel else None, tiles, reverse, of_heads,
             )  # fmt: skip
-            outputs = (
-                dx[part], ddt[part], dAs[part], None if D is None else dDs[part],
-                None if bias is None else dbiases[part],
+            step_gradients(
+                dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],
+                dDs[part] if by_head else None, tiles, options, reverse,
             )  # fmt: skip
-            gradients(
-                x_, dy_, dt_, rate, bias, B_, C_, skip, chunked, states, adjoints, (dBs[:, part], dCs[:, part]),
-                outputs, tiles, step, reverse, of_heads,
-            )  # fmt: skip
-    dD = _sum(dDs, (0, 1) if D is not None and D.dim() == 2 else (0, 1, 3), D)
-    dA, dbias = _sum(dAs, (0, 1), A), _sum(dbiases, (0, 1), dt_bias)
+    dA, dD, dbias = (_sum(parts, (0, 1), like) for parts, like in ((dAs, A), (dDs, D), (dbiases, dt_bias)))
     return dx, ddt, dA, _sum(dBs, (0,), B), _sum(dCs, (0,), C), dD, dz, dbias, dh0
 
 

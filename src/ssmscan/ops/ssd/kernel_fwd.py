@@ -1,4 +1,4 @@
-"""The forward of ssd on Triton: one walk."""
+"""The forward of ssd on Triton: the step sizes, and one walk."""
 
 from typing import overload
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.chunks import cut
 from ssmscan.ops.ssd.configs import Tiles, choose
+from ssmscan.ops.ssd.kernel_steps import steps
 from ssmscan.ops.ssd.kernel_walk import walk
 
 
@@ -43,10 +44,8 @@ def forward(
     tiles = choose(x, n, backward=False)
     x, B, C = (channels_last(v) for v in (x, B, C))
     chunks = table(sequence, final, tiles, reverse)
-    walk(
-        x, B, dt, float32(A), float32(dt_bias), h0, chunks, tiles, (softplus, low, high), reverse,
-        c=C, D=per_channel(D, p), z=channels_last(z), y=y, final=final,
-    )  # fmt: skip
+    sizes = steps(dt, float32(A), float32(dt_bias), chunks, tiles, (softplus, low, high), reverse)
+    walk(x, B, sizes, h0, chunks, tiles, reverse, c=C, D=D, z=channels_last(z), y=y, final=final)
     return y, final
 
 
@@ -56,11 +55,6 @@ def float32(parameter: Tensor) -> Tensor: ...
 def float32(parameter: Tensor | None) -> Tensor | None: ...
 def float32(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.float().contiguous()
-
-
-def per_channel(D: Tensor | None, p: int) -> Tensor | None:
-    """D as (h, p)."""
-    return D if D is None or D.dim() == 2 else D[:, None].expand(-1, p)
 
 
 def table(sequence: Tensor | None, states: Tensor, tiles: Tiles, reverse: bool) -> Tensor | None:

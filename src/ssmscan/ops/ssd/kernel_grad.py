@@ -1,4 +1,4 @@
-"""The gradients of ssd, all chunks in parallel, from the states that enter them; and their launcher.
+"""The gradients of ssd in x, B and C, all chunks in parallel, from the states that enter them; and their launcher.
 
 With h the state that enters a chunk and g the adjoint of the one that leaves it, w_ij the decay from token j to i,
 e_i that from the chunk's begin to i and l_j that from j to its end:
@@ -10,24 +10,16 @@ Two kernels share the work, for the registers' sake: one sums what dB and dC owe
 A program takes a chunk and some heads of one group, whose dB and dC it sums in registers.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import GRADIENTS, Tiles
-from ssmscan.ops.ssd.tiles import (
-    LARGEST,
-    LOG2E,
-    biased,
-    bounded,
-    decays,
-    load_tile,
-    place,
-    slopes,
-    step_sizes,
-    store_tile,
-)
+from ssmscan.ops.ssd.kernel_steps import Flows, Steps, token_strides
+from ssmscan.ops.ssd.tiles import decays, load_tile, place, store_tile
 
 
 @triton.jit
@@ -42,12 +34,12 @@ def _heads(PER_GROUP: tl.constexpr, HEADS: tl.constexpr):
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_state_gradients(
-    x, dy, dt, A, bias, C, table, states, adjoints, dB, dC, into, through,
-    L, H, P, N, chunks, x_batch, x_time, x_head, dy_batch, dy_time, dy_head, dt_batch, dt_time, dt_head,
-    C_batch, C_time, C_group, sums_split,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-    BN: tl.constexpr, BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    x, dy, C, table, deltas, sums, states, adjoints, dB, dC, into, through,
+    L, H, P, N, chunks, part, x_batch, x_head, dy_batch, dy_head, C_batch, C_group, totals_split,
+    x_time: tl.constexpr, dy_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
+    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
+    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the states give to dB and dC, what flows from h into each token, and from h to g."""
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
@@ -57,56 +49,52 @@ def ssd_state_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = q < count
-    t = tl.cast(L - 1 if REVERSE else 0, tl.int64) + (first + q) * (-1 if REVERSE else 1)
-    Cs = load_tile(C + batch * C_batch + group * C_group, t * C_time, n, exists, N, EVEN_N, DOT)
-    x += batch * x_batch
-    dy += batch * dy_batch
-    dt += batch * dt_batch
-    # Outputs (b, l, ...), and those for each chunk (b, chunks, ...).
-    rows = batch * L + t
-    row = batch * chunks + chunk
+    exists = True if WHOLE else q < count
+    rows = q.to(tl.int64) if FAR else q
+    Cs = load_tile(C + batch * C_batch + first * C_time + group * C_group, rows * C_time, n, exists, N, EVEN_N, DOT)
+    x += batch * x_batch + first * x_time
+    dy += batch * dy_batch + first * dy_time
     dBs = tl.zeros((Q, BN), tl.float32)
     dCs = tl.zeros((Q, BN), tl.float32)
     diagonal = tl.arange(0, BP)[:, None] == tl.arange(0, BP)[None, :]
     for head in tl.range(begin, end, num_stages=STAGES):
         wide = tl.cast(head, tl.int64)
-        raw = biased(dt + t * dt_time + wide * dt_head, bias, head, exists)
-        delta = step_sizes(raw, exists, SOFTPLUS, LOW, HIGH)
-        log_a = bounded(delta * tl.load(A + head).to(tl.float32) * LOG2E, -LARGEST, LARGEST)
-        _, entered, left, _ = decays(log_a, q, 1, PRECISE)
-        left *= delta
+        row = (batch * H + wide) * chunks + chunk
+        _, entered, left, _ = decays(sums + row * Q, part, q, 1, PRECISE, Q)
+        left *= tl.load(deltas + row * Q + q)
         arriving = tl.zeros((Q,), tl.float32)
-        flow = 0.0
+        flow = tl.zeros((BP,), tl.float32)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
-            inside = p < P
-            state_rows = ((row * H + head) * P + p) * N
-            xs = load_tile(x, t * x_time + wide * x_head, p, exists, P, EVEN_P, DOT).to(tl.float32)
-            dys = load_tile(dy, t * dy_time + wide * dy_head, p, exists, P, EVEN_P, DOT).to(tl.float32)
-            hs = load_tile(states, state_rows, n, inside, N, EVEN_N, DOT)
-            gs = load_tile(adjoints, state_rows, n, inside, N, EVEN_N, DOT)
+            inside = True if EVEN_P else p < P
+            kept = ((batch * chunks + chunk) * H + wide) * P * N
+            xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT).to(tl.float32)
+            dys = load_tile(dy + wide * dy_head, rows * dy_time, p, exists, P, EVEN_P, DOT).to(tl.float32)
+            hs = load_tile(states + kept, p * N, n, inside, N, EVEN_N, DOT)
+            gs = load_tile(adjoints + kept, p * N, n, inside, N, EVEN_N, DOT)
             dCs = tl.dot((dys * entered[:, None]).to(DOT), hs, dCs, input_precision=PRECISION)
             dBs = tl.dot((xs * left[:, None]).to(DOT), gs, dBs, input_precision=PRECISION)
             arriving += tl.sum(tl.dot(Cs, tl.trans(hs), input_precision=PRECISION) * dys, 1)
             # The sum of h·g, as a trace: elementwise it takes more registers than there are.
             pairing = tl.dot(hs, tl.trans(gs), input_precision=PRECISION)
-            flow += tl.sum(tl.sum(tl.where(diagonal, pairing, 0.0), 1), 0)
-        tl.store(into + rows * H + head, arriving * entered, mask=exists)
-        tl.store(through + row * H + head, flow)
-    sums = split * sums_split + (rows * (H // PER_GROUP) + group) * N
-    store_tile(dB, sums, n, dBs, exists, N, EVEN_N)
-    store_tile(dC, sums, n, dCs, exists, N, EVEN_N)
+            flow += tl.sum(tl.where(diagonal, pairing, 0.0), 1)
+        tl.store(into + row * Q + q, arriving * entered)
+        tl.store(through + row * BP + tl.arange(0, BP), flow)
+    totals = split * totals_split + (batch * L * (H // PER_GROUP) + group) * N + first * out_time
+    store_tile(dB + totals, rows * out_time, n, dBs, exists, N, EVEN_N)
+    store_tile(dC + totals, rows * out_time, n, dCs, exists, N, EVEN_N)
 
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_chunk_gradients(
-    x, dy, dt, A, bias, B, C, D, table, adjoints, into, through, dB, dC, dx, ddt, dA, dD, dbias,
-    L, H, P, N, chunks, x_batch, x_time, x_head, dy_batch, dy_time, dy_head, dt_batch, dt_time, dt_head,
-    B_batch, B_time, B_group, C_batch, C_time, C_group, D_head, D_p, sums_split,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-    BN: tl.constexpr, BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    x, dy, B, C, D, table, deltas, sums, adjoints, into, dB, dC, dx, dD, own, crossing, skipped,
+    L, H, P, N, chunks, part, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch, C_group, D_head, D_p,
+    totals_split,
+    x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
+    dx_time: tl.constexpr,
+    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
+    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row."""
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
@@ -116,115 +104,114 @@ def ssd_chunk_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = q < count
-    t = tl.cast(L - 1 if REVERSE else 0, tl.int64) + (first + q) * (-1 if REVERSE else 1)
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
-    Bs = load_tile(B, t * B_time, n, exists, N, EVEN_N, DOT)
-    Cs = load_tile(C, t * C_time, n, exists, N, EVEN_N, DOT)
+    exists = True if WHOLE else q < count
+    rows = q.to(tl.int64) if FAR else q
+    Bs = load_tile(B + batch * B_batch + first * B_time + group * B_group, rows * B_time, n, exists, N, EVEN_N, DOT)
+    Cs = load_tile(C + batch * C_batch + first * C_time + group * C_group, rows * C_time, n, exists, N, EVEN_N, DOT)
     BC = tl.dot(Bs, tl.trans(Cs), input_precision=PRECISION)
-    x += batch * x_batch
-    dy += batch * dy_batch
-    dt += batch * dt_batch
-    rows = batch * L + t
-    row = batch * chunks + chunk
+    x += batch * x_batch + first * x_time
+    dy += batch * dy_batch + first * dy_time
+    dx += batch * L * H * P + first * dx_time
     dBC = tl.zeros((Q, Q), tl.float32)
+    diagonal = q[:, None] == q[None, :]
+    after = (q[:, None] <= q[None, :]).to(DOT)
     for head in tl.range(begin, end, num_stages=STAGES):
         wide = tl.cast(head, tl.int64)
-        rate = tl.load(A + head).to(tl.float32)
-        raw = biased(dt + t * dt_time + wide * dt_head, bias, head, exists)
-        delta = step_sizes(raw, exists, SOFTPLUS, LOW, HIGH)
-        pairs, _, left, total = decays(bounded(delta * rate * LOG2E, -LARGEST, LARGEST), q, 0, PRECISE)
-        scores = (BC * pairs * delta[:, None]).to(DOT)
+        row = (batch * H + wide) * chunks + chunk
+        per_chunk = (batch * chunks + chunk) * H + wide
+        pairs, _, left, _ = decays(sums + row * Q, part, q, 0, PRECISE, Q)
+        delta = tl.load(deltas + row * Q + q)
+        scores = (BC * pairs).to(DOT)
         products = tl.zeros((Q, Q), tl.float32)
         onward = tl.zeros((Q,), tl.float32)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
-            inside = p < P
-            xs = load_tile(x, t * x_time + wide * x_head, p, exists, P, EVEN_P, DOT)
-            dys = load_tile(dy, t * dy_time + wide * dy_head, p, exists, P, EVEN_P, DOT)
-            gs = load_tile(adjoints, ((row * H + head) * P + p) * N, n, inside, N, EVEN_N, DOT)
-            xf = xs.to(tl.float32)
+            inside = True if EVEN_P else p < P
+            xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
+            dys = load_tile(dy + wide * dy_head, rows * dy_time, p, exists, P, EVEN_P, DOT)
+            gs = load_tile(adjoints + per_chunk * P * N, p * N, n, inside, N, EVEN_N, DOT)
             dxs = tl.dot(Bs, tl.trans(gs), input_precision=PRECISION) * left[:, None]
-            onward += tl.sum(dxs * xf, 1)
-            dxs = tl.dot(scores, dys, dxs * delta[:, None], input_precision=PRECISION)
+            onward += tl.sum(dxs * xs.to(tl.float32), 1)
+            dxs = tl.dot(scores, dys, dxs, input_precision=PRECISION) * delta[:, None]
             if D is not None:
-                dyf = dys.to(tl.float32)
-                dxs += dyf * tl.load(D + head * D_head + p * D_p, mask=inside, other=0.0).to(tl.float32)[None, :]
-                tl.store(dD + (row * H + head) * P + p, tl.sum(dyf * xf, 0), mask=inside)
-            store_tile(dx, (rows * H + head) * P, p, dxs, exists, P, EVEN_P)
-            products += tl.dot(xs, tl.trans(dys), input_precision=PRECISION)
+                skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
+                dxs += dys.to(tl.float32) * skip[None, :]
+                if dD is not None:
+                    dDs = tl.sum(dys.to(tl.float32) * xs.to(tl.float32), 0)
+                    tl.store(dD + per_chunk * P + p, dDs, mask=p < P)
+            store_tile(dx + wide * P, rows * dx_time, p, dxs, exists, P, EVEN_P)
+            products = tl.dot(xs, tl.trans(dys), products, input_precision=PRECISION)
+        if skipped is not None:
+            tl.store(skipped + row * Q + q, tl.sum(tl.where(diagonal, products, 0.0), 1))
         products *= pairs
         dBC += products * delta[:, None]
         products *= BC
-        own = tl.sum(products, 1) + onward
-        # Over decay t flows what comes from tokens before t to those from t on: of a pair (first axis), of the entering
-        # state, to the leaving one, and from state to state. Sums of just these: where the decay is 0 they are 0 too.
-        upto = (q[:, None] >= q[None, :]).to(DOT)
-        flows = tl.dot((products * delta[:, None]).to(DOT), upto, input_precision=PRECISION)
-        arriving = tl.load(into + rows * H + head, mask=exists, other=0.0)
-        flows = tl.where(q[:, None] < q[None, :], flows + (onward * delta)[:, None], arriving[:, None])
-        crossing = tl.sum(flows, 0) + tl.load(through + row * H + head) * tl.exp2(total)
-        tl.store(dA + row * H + head, tl.sum(crossing * delta, 0))
-        gradient = tl.where(exists, (own + rate * crossing) * slopes(raw, SOFTPLUS, LOW, HIGH), 0.0)
-        tl.store(ddt + rows * H + head, gradient.to(ddt.dtype.element_ty), mask=exists)
-        if dbias is not None:
-            tl.store(dbias + row * H + head, tl.sum(gradient, 0))
-    sums = split * sums_split + (rows * (H // PER_GROUP) + group) * N
+        tl.store(own + row * Q + q, tl.sum(products, 1) + onward)
+        # Over decay t flows what comes from tokens before t to those from t on: of a pair, of the entering state, to
+        # the leaving one. Sums of just these: where the decay is 0 they are 0 too. Here t is the row.
+        flows = tl.dot(after, tl.trans((products * delta[:, None]).to(DOT)), input_precision=PRECISION)
+        arriving = tl.load(into + row * Q + q)
+        flows = tl.where(q[:, None] > q[None, :], flows + (onward * delta)[None, :], arriving[None, :])
+        tl.store(crossing + row * Q + q, tl.sum(flows, 1))
+    totals = split * totals_split + (batch * L * (H // PER_GROUP) + group) * N + first * out_time
     dBC = dBC.to(DOT)
-    dBs = load_tile(dB, sums, n, exists, N, EVEN_N, tl.float32)
-    store_tile(dB, sums, n, tl.dot(dBC, Cs, dBs, input_precision=PRECISION), exists, N, EVEN_N)
-    dCs = load_tile(dC, sums, n, exists, N, EVEN_N, tl.float32)
-    store_tile(dC, sums, n, tl.dot(tl.trans(dBC), Bs, dCs, input_precision=PRECISION), exists, N, EVEN_N)
+    dBs = load_tile(dB + totals, rows * out_time, n, exists, N, EVEN_N, tl.float32)
+    store_tile(dB + totals, rows * out_time, n, tl.dot(dBC, Cs, dBs, input_precision=PRECISION), exists, N, EVEN_N)
+    dCs = load_tile(dC + totals, rows * out_time, n, exists, N, EVEN_N, tl.float32)
+    dCs = tl.dot(tl.trans(dBC), Bs, dCs, input_precision=PRECISION)
+    store_tile(dC + totals, rows * out_time, n, dCs, exists, N, EVEN_N)
 
 
 def gradients(
     x: Tensor,
     dy: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     table: Tensor | None,
+    steps: Steps,
     states: Tensor,
     adjoints: Tensor,
-    sums: tuple[Tensor, Tensor],
-    outputs: tuple[Tensor | None, ...],
+    dx: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    dD: Tensor | None,
     tiles: Tiles,
-    step: tuple[bool, float, float],
     reverse: bool,
     heads_at_once: int,
-) -> None:
-    """Write dx, ddt, dA, dD and dbias, and the ``sums`` dB and dC.
-
-    Those of A, D and bias are for each chunk, the sums for each part of a group's heads.
-    """
+) -> Flows:
+    """Write dx, and dB and dC for each part of a group's heads, and dD, (b, chunks, h, p), where it is given."""
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
-    chunks, splits = states.shape[1], sums[0].shape[0]
+    chunks, splits = states.shape[1], dB.shape[0]
     grid = (chunks, groups * splits, batch)
-    into = dy.new_empty(batch, l, heads, dtype=sums[0].dtype)
-    through = dy.new_empty(batch, chunks, heads, dtype=sums[0].dtype)
-    common = [s for t in (x, dy, dt) for s in t.stride()[:3]]
+    into, own, crossing = steps.delta.new_empty(3, *steps.delta.shape)
+    through = into.new_empty(batch, heads, chunks, tiles.BP)
+    skipped = None if D is None or dD is not None else torch.empty_like(own)
+    x, dy, B, C, dx = (from_first(t, 1, reverse) for t in (x, dy, B, C, dx))
+    dB, dC = (from_first(t, 2, reverse) for t in (dB, dC))
+    of_x, of_dy, of_B, of_C, of_dx = (token_strides(t, reverse) for t in (x, dy, B, C, dx))
+    out_time = -dB.stride(2) if reverse else dB.stride(2)
+    far = tiles.Q * max(abs(s[1]) for s in (of_x, of_dy, of_B, of_C, of_dx)) >= 1 << 31
+    common = (l, heads, p, n, chunks, steps.sums.stride(0), *of_x[::2], *of_dy[::2])
     of_state, of_chunk = GRADIENTS[tiles.precise]
     constants = (
-        heads // groups, heads_at_once, *step, reverse, tiles.precise, tiles.DOT, tiles.Q, tiles.BP,
-        tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,
+        heads // groups, heads_at_once, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q,
+        tiles.BP, tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,
     )  # fmt: skip
     ssd_state_gradients.launch(
         grid,
-        (x, dy, dt, A, bias, C, table, states, adjoints, *sums, into, through),
-        (l, heads, p, n, chunks, *common, *C.stride()[:3], sums[0].stride(0)),
-        (*constants, of_state.stages),
+        (x, dy, C, table, *steps, states, adjoints, dB, dC, into, through),
+        (*common, *of_C[::2], dB.stride(0)),
+        (of_x[1], of_dy[1], of_C[1], out_time, *constants, of_state.stages),
         of_state.warps,
     )
-    skip = (0, 0) if D is None else D.stride()
+    skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     ssd_chunk_gradients.launch(
         grid,
-        (x, dy, dt, A, bias, B, C, D, table, adjoints, into, through, *sums, *outputs),
-        (l, heads, p, n, chunks, *common, *B.stride()[:3], *C.stride()[:3], *skip, sums[0].stride(0)),
-        (*constants, of_chunk.stages),
+        (x, dy, B, C, D, table, *steps, adjoints, into, dB, dC, dx, dD, own, crossing, skipped),
+        (*common, *of_B[::2], *of_C[::2], *skip, dB.stride(0)),
+        (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], *constants, of_chunk.stages),
         of_chunk.warps,
     )
+    return Flows(own, crossing, through, skipped)

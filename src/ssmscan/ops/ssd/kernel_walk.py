@@ -13,22 +13,29 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.activation import exp2, sigmoid
 from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import WALK, Tiles, plan
-from ssmscan.ops.ssd.tiles import LARGEST, LOG2E, biased, bounded, decays, load_tile, place, step_sizes, store_tile
+from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
+from ssmscan.ops.ssd.tiles import decays, load_tile, place, store_tile
 
 
 @kernel(do_not_specialize=["L", "chunks", "length", "segments"])
 def ssd_walk(
-    u, v, c, dt, A, bias, D, z, initial, table, y, final, states, logs, totals,
-    L, H, P, N, chunks, length, segments,
-    u_batch, u_time, u_head, v_batch, v_time, v_group, c_batch, c_time, c_group, dt_batch, dt_time, dt_head,
-    z_batch, z_time, z_head, D_head, D_p, initial_batch, initial_head, initial_p, initial_n,
-    PER_GROUP: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, REVERSE: tl.constexpr,
-    ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr,
-    BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    u, v, c, D, z, initial, table, deltas, sums, y, final, states, logs, totals,
+    L, H, P, N, chunks, length, segments, part,
+    u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head,
+    D_head, D_p, initial_batch, initial_head, initial_p, initial_n,
+    u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
+    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0."""
+    """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
+
+    WHOLE: every chunk has all of its tokens. FAR: they lie more than 2^31 elements apart.
+    """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
     head = tl.program_id(0) // blocks
@@ -37,31 +44,32 @@ def ssd_walk(
     batch = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
-    inside = p < P
+    inside = True if EVEN_P else p < P
     group = head // PER_GROUP
-    # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
-    direction = -1 if REVERSE else 1
-    y_time = H * P
-    origin = tl.cast(L - 1 if REVERSE else 0, tl.int64)
-    u += batch * u_batch + origin * u_time + tl.cast(head, tl.int64) * u_head
-    v += batch * v_batch + origin * v_time + tl.cast(group, tl.int64) * v_group
-    dt += batch * dt_batch + origin * dt_time + tl.cast(head, tl.int64) * dt_head
+    u += batch * u_batch + tl.cast(head, tl.int64) * u_head
+    v += batch * v_batch + tl.cast(group, tl.int64) * v_group
     if c is not None:
-        c += batch * c_batch + origin * c_time + tl.cast(group, tl.int64) * c_group
+        c += batch * c_batch + tl.cast(group, tl.int64) * c_group
     if z is not None:
-        z += batch * z_batch + origin * z_time + tl.cast(head, tl.int64) * z_head
+        z += batch * z_batch + tl.cast(head, tl.int64) * z_head
     if y is not None:
-        y += ((batch * L + origin) * H + head) * P
+        y += (batch * L * H + head) * P
     if D is not None:
-        skip = tl.load(D + head * D_head + p * D_p, mask=inside, other=0.0).to(tl.float32)
+        # One number for a head costs nothing in the matrix product of each token with itself.
+        skip = tl.load(D + head * D_head).to(tl.float32)
+        if PER_CHANNEL:
+            skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
     if initial is not None:
         initial += tl.cast(head, tl.int64) * initial_head
         initial_tile = p.to(tl.int64)[:, None] * initial_p + n.to(tl.int64)[None, :] * initial_n
-    state_mask = inside[:, None] & (n < N)[None, :]
-    rate = tl.load(A + head).to(tl.float32) * LOG2E
-    # A tile of the state in (..., h, p, n).
-    state_rows = (tl.cast(head, tl.int64) * P + p) * N
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
+    # Tiles of states lie in (..., h, p, n), what the chunks start from in (b, h, chunks, Q).
+    state_rows = p * N
+    state_head = tl.cast(head, tl.int64) * P * N
     state_size = tl.cast(H, tl.int64) * P * N
+    deltas += (batch * H + head) * chunks * Q
+    sums += (batch * H + head) * chunks * Q
+    rows = q.to(tl.int64) if FAR else q
 
     h = tl.zeros((BP, BN), tl.float32)
     if not SUMMARY:
@@ -72,9 +80,9 @@ def ssd_walk(
             for j in range(segment):
                 row = batch * segments + j
                 log = tl.load(logs + row * H + head)
-                total = load_tile(totals + row * state_size, state_rows, n, inside, N, EVEN_N, tl.float32)
+                total = load_tile(totals + row * state_size + state_head, state_rows, n, inside, N, EVEN_N, tl.float32)
                 # Not by a decay of 0 alone: 0·NaN would carry a NaN into the next packed sequence.
-                h = tl.where(log > -float("inf"), h * tl.exp2(log), 0.0) + total
+                h = tl.where(log > -float("inf"), h * exp2(log), 0.0) + total
 
     log = 0.0
     begin = (segments - 1 - segment if ADJOINT else segment) * length
@@ -82,13 +90,12 @@ def ssd_walk(
     for i in tl.range(0, end - begin, num_stages=STAGES):
         chunk = end - 1 - i if ADJOINT else begin + i
         first, count = place(table, chunk, chunks, L, Q)
-        exists = q < count
-        t = (first + q) * direction
-        us = load_tile(u, t * u_time, p, exists, P, EVEN_P, DOT)
-        vs = load_tile(v, t * v_time, n, exists, N, EVEN_N, DOT)
-        raw = biased(dt + t * dt_time, bias, head, exists)
-        delta = step_sizes(raw, exists, SOFTPLUS, LOW, HIGH)
-        pairs, entered, left, total = decays(bounded(delta * rate, -LARGEST, LARGEST), q, 1, PRECISE)
+        exists = True if WHOLE else q < count
+        us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT)
+        vs = load_tile(v + first * v_time, rows * v_time, n, exists, N, EVEN_N, DOT)
+        pairs, entered, left, total = decays(sums + tl.cast(chunk, tl.int64) * Q, part, q, 1, PRECISE, Q)
+        if not ADJOINT:
+            delta = tl.load(deltas + tl.cast(chunk, tl.int64) * Q + q)
         if table is not None:
             owner = tl.load(table + 2 * chunks + chunk).to(tl.int64)
             # Its sequence begins here, in the direction of this walk, or ends.
@@ -103,46 +110,47 @@ def ssd_walk(
                         initial + owner * initial_batch + initial_tile, mask=state_mask, other=0.0
                     ).to(tl.float32)  # fmt: skip
         if states is not None:
-            store_tile(states + (batch * chunks + chunk) * state_size, state_rows, n, h, inside, N, EVEN_N)
+            kept = states + (batch * chunks + chunk) * state_size + state_head
+            store_tile(kept, state_rows, n, h, inside, N, EVEN_N)
         if y is not None:
-            cs = load_tile(c, t * c_time, n, exists, N, EVEN_N, DOT)
+            cs = load_tile(c + first * c_time, rows * c_time, n, exists, N, EVEN_N, DOT)
             out = tl.dot(cs, tl.trans(h.to(DOT)), input_precision=PRECISION) * entered[:, None]
             scores = tl.dot(cs, tl.trans(vs), input_precision=PRECISION) * (pairs * delta[None, :])
-            out += tl.dot(scores.to(DOT), us, input_precision=PRECISION)
             if D is not None:
-                out += us.to(tl.float32) * skip[None, :]
+                if PER_CHANNEL:
+                    out += us.to(tl.float32) * skip[None, :]
+                else:
+                    scores += tl.where(q[:, None] == q[None, :], skip, 0.0)
+            out = tl.dot(scores.to(DOT), us, out, input_precision=PRECISION)
             if z is not None:
-                gate = load_tile(z, t * z_time, p, exists, P, EVEN_P, tl.float32)
-                out *= gate / (1.0 + tl.exp(-gate))
-            store_tile(y, t * y_time, p, out, exists, P, EVEN_P)
+                gate = load_tile(z + first * z_time, rows * z_time, p, exists, P, EVEN_P, tl.float32)
+                out *= gate * sigmoid(gate)
+            store_tile(y + first * y_time, rows * y_time, p, out, exists, P, EVEN_P)
         weights = entered if ADJOINT else left * delta
         weighted = (us.to(tl.float32) * weights[:, None]).to(DOT)
-        h = h * tl.exp2(total) + tl.dot(tl.trans(weighted), vs, input_precision=PRECISION)
+        h = tl.dot(tl.trans(weighted), vs, h * exp2(total), input_precision=PRECISION)
         log += total
         # Two conditions, not one: the first is settled at compile time.
         if table is not None and final is not None:  # noqa: SIM102
             if leaves:
-                store_tile(final + owner * state_size, state_rows, n, h, inside, N, EVEN_N)
+                store_tile(final + owner * state_size + state_head, state_rows, n, h, inside, N, EVEN_N)
 
     if SUMMARY:
         row = batch * segments + segment
-        store_tile(totals + row * state_size, state_rows, n, h, inside, N, EVEN_N)
+        store_tile(totals + row * state_size + state_head, state_rows, n, h, inside, N, EVEN_N)
         tl.store(logs + row * H + head, log)
     elif final is not None and table is None:  # noqa: SIM102
         if segment == segments - 1:
-            store_tile(final + batch * state_size, state_rows, n, h, inside, N, EVEN_N)
+            store_tile(final + batch * state_size + state_head, state_rows, n, h, inside, N, EVEN_N)
 
 
 def walk(
     u: Tensor,
     v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    bias: Tensor | None,
+    steps: Steps,
     initial: Tensor | None,
     table: Tensor | None,
     tiles: Tiles,
-    step: tuple[bool, float, float],
     reverse: bool,
     *,
     adjoint: bool = False,
@@ -157,35 +165,40 @@ def walk(
     batch, l, heads, p = u.shape
     n = v.shape[3]
     config = WALK[tiles.precise, y is not None]
-    chunks = -(-l // tiles.Q) if table is None else table.shape[1]
+    chunks = steps.delta.shape[2]
     blocks = -(-p // tiles.BP)
     length, segments = plan(batch * heads * blocks, chunks)
-    strides = [s for t in (u, v, c, dt, z) for s in ((0, 0, 0) if t is None else t.stride()[:3])]
-    strides += (0, 0) if D is None else D.stride()
+    u, v = from_first(u, 1, reverse), from_first(v, 1, reverse)
+    c, z, y = (None if t is None else from_first(t, 1, reverse) for t in (c, z, y))
+    of_tokens = [token_strides(t, reverse) for t in (u, v, c, z, y)]
+    times = [s[1] for s in of_tokens]
+    far = tiles.Q * max(map(abs, times)) >= 1 << 31
+    strides = [s for t in of_tokens[:4] for s in t[::2]]
+    strides += (0, 0) if D is None else (D.stride(0), D.stride(-1))
     strides += (0, 0, 0, 0) if initial is None else initial.stride()
-    integers = (l, heads, p, n, chunks, length, segments, *strides)
+    integers = (l, heads, p, n, chunks, length, segments, steps.sums.stride(0), *strides)
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
-            heads // v.shape[2], *step, reverse, adjoint, summary, tiles.precise, tiles.DOT,
+            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
             tiles.Q, tiles.BP, tiles.BN, p % tiles.BP == 0, n == tiles.BN, config.stages,
         )  # fmt: skip
 
     logs = totals = None
     if segments > 1:
-        logs = u.new_empty(batch, segments, heads, dtype=A.dtype)
-        totals = u.new_empty(batch, segments, heads, p, n, dtype=A.dtype)
+        logs = steps.delta.new_empty(batch, segments, heads)
+        totals = steps.delta.new_empty(batch, segments, heads, p, n)
         # Nothing enters after the last segment, so it needs no summary.
         ssd_walk.launch(
             (heads * blocks, segments - 1, batch),
-            (u, v, None, dt, A, bias, None, None, initial, table, None, None, None, logs, totals),
+            (u, v, None, None, None, initial, table, steps.delta, steps.sums, None, None, None, logs, totals),
             integers,
             constants(True),
             config.warps,
         )
     ssd_walk.launch(
         (heads * blocks, segments, batch),
-        (u, v, c, dt, A, bias, D, z, initial, table, y, final, states, logs, totals),
+        (u, v, c, D, z, initial, table, steps.delta, steps.sums, y, final, states, logs, totals),
         integers,
         constants(False),
         config.warps,

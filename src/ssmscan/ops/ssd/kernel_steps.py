@@ -1,0 +1,174 @@
+"""The step sizes of ssd and the sums of log-decays, from which all its other kernels start; and their gradients."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssmscan.ops._triton.activation import exp2, sigmoid, softplus
+from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.window import from_first
+from ssmscan.ops.ssd.configs import Tiles
+from ssmscan.ops.ssd.tiles import LARGEST, LOG2E, bounded, place
+
+# Heads that a program takes at once.
+HEADS = 16
+
+
+class Steps(NamedTuple):
+    """Of each batch row, head, chunk and token there, in scan order; float32."""
+
+    delta: Tensor  # the step sizes, (b, h, chunks, Q); 0 for tokens that do not exist, which so change no state
+    sums: Tensor  # of the log-decays from the chunk's begin, (1 or 2, b, h, chunks, Q); see tiles.decays
+
+
+class Flows(NamedTuple):
+    """What the gradients of the step sizes and log-decays are sums of; float32."""
+
+    own: Tensor  # the gradient of the step size as a factor of x, (b, h, chunks, Q)
+    crossing: Tensor  # that of the log-decay, (b, h, chunks, Q), but for what flows from state to state
+    through: Tensor  # which is, for each chunk, a sum of these times its decay, (b, h, chunks, some)
+    skipped: Tensor | None  # the gradient of D, (b, h, chunks, Q), if there is one for a head
+
+
+@triton.jit
+def _before_bounds(dt, bias, first, q, heads, exists, inside, dt_time, dt_head):
+    """The step sizes before softplus, [Q, BH]."""
+    pointers = dt + ((first + q) * dt_time)[:, None] + (heads.to(tl.int64) * dt_head)[None, :]
+    raw = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    if bias is not None:
+        raw += tl.load(bias + heads, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return raw
+
+
+@kernel(do_not_specialize=["L", "chunks"])
+def ssd_steps(
+    dt, A, bias, table, deltas, sums, L, H, chunks, part, dt_batch, dt_time, dt_head,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
+    BH: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    batch = tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    first, count = place(table, chunk, chunks, L, Q)
+    inside = heads < H
+    exists = (q < count)[:, None] & inside[None, :]
+    raw = _before_bounds(dt + batch * dt_batch, bias, first, q, heads, exists, inside, dt_time, dt_head)
+    delta = softplus(raw) if SOFTPLUS else raw
+    delta = tl.where(exists, bounded(delta, LOW, HIGH), 0.0)
+    rate = tl.load(A + heads, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    log_a = bounded(delta * rate[None, :], -LARGEST, LARGEST)
+    # From here on tokens are adjacent.
+    at = (((batch * H + heads) * chunks + chunk) * Q)[:, None] + q[None, :]
+    mask = inside[:, None]
+    tl.store(deltas + at, tl.trans(delta), mask=mask)
+    if PRECISE:
+        whole = tl.floor(log_a + 0.5)
+        tl.store(sums + at, tl.trans(tl.cumsum(whole, 0)), mask=mask)
+        tl.store(sums + part + at, tl.trans(tl.cumsum(log_a - whole, 0)), mask=mask)
+    else:
+        tl.store(sums + at, tl.trans(tl.cumsum(log_a, 0)), mask=mask)
+
+
+@kernel(do_not_specialize=["L", "chunks"])
+def ssd_step_gradients(
+    dt, A, bias, table, deltas, sums, own, crossing, through, skipped, ddt, dA, dbias, dD,
+    L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
+    BP: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The gradient of dt, and those of A, dt_bias and D for each chunk."""
+    chunk = tl.program_id(0)
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    batch = tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    first, count = place(table, chunk, chunks, L, Q)
+    inside = heads < H
+    exists = (q < count)[:, None] & inside[None, :]
+    raw = _before_bounds(dt + batch * dt_batch, bias, first, q, heads, exists, inside, dt_time, dt_head)
+    delta = softplus(raw) if SOFTPLUS else raw
+    # The bounds themselves count as inside.
+    slope = tl.where((delta >= LOW) & (delta <= HIGH), sigmoid(raw) if SOFTPLUS else 1.0, 0.0)
+    rows = (batch * H + heads) * chunks + chunk
+    at = (rows * Q)[:, None] + q[None, :]
+    mask = inside[:, None]
+    total = tl.load(sums + rows * Q + (Q - 1), mask=inside, other=0.0)
+    if PRECISE:
+        total += tl.load(sums + part + rows * Q + (Q - 1), mask=inside, other=0.0)
+    passing = tl.load(through + (rows * BP)[:, None] + tl.arange(0, BP)[None, :], mask=mask, other=0.0)
+    flow = tl.load(crossing + at, mask=mask, other=0.0) + (tl.sum(passing, 1) * exp2(total))[:, None]
+    rate = tl.load(A + heads, mask=inside, other=0.0).to(tl.float32)
+    gradient = tl.trans(tl.load(own + at, mask=mask, other=0.0) + flow * rate[:, None])
+    gradient = tl.where(exists, gradient * slope, 0.0)
+    pointers = ddt + batch * L * H + ((first + q) * ddt_time)[:, None] + heads[None, :]
+    tl.store(pointers, gradient.to(ddt.dtype.element_ty), mask=exists)
+    of_chunk = (batch * chunks + chunk) * H + heads
+    tl.store(dA + of_chunk, tl.sum(flow * tl.load(deltas + at, mask=mask, other=0.0), 1), mask=inside)
+    if bias is not None:
+        tl.store(dbias + of_chunk, tl.sum(gradient, 0), mask=inside)
+    if skipped is not None:
+        tl.store(dD + of_chunk, tl.sum(tl.load(skipped + at, mask=mask, other=0.0), 1), mask=inside)
+
+
+def steps(
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    tiles: Tiles,
+    options: tuple[bool, float, float],
+    reverse: bool,
+) -> Steps:
+    """``options`` are those of softplus, and the least and largest step size."""
+    batch, l, heads = dt.shape
+    chunks = -(-l // tiles.Q) if table is None else table.shape[1]
+    delta = dt.new_empty(batch, heads, chunks, tiles.Q, dtype=torch.float32)
+    sums = delta.new_empty(1 + tiles.precise, *delta.shape)
+    ssd_steps.launch(
+        (chunks, -(-heads // HEADS), batch),
+        (from_first(dt, 1, reverse), A, bias, table, delta, sums),
+        (l, heads, chunks, sums.stride(0), *token_strides(dt, reverse)),
+        (*options, tiles.precise, tiles.Q, HEADS),
+        4,
+    )
+    return Steps(delta, sums)
+
+
+def step_gradients(
+    dt: Tensor,
+    A: Tensor,
+    bias: Tensor | None,
+    table: Tensor | None,
+    steps: Steps,
+    flows: Flows,
+    ddt: Tensor,
+    dA: Tensor,
+    dbias: Tensor | None,
+    dD: Tensor | None,
+    tiles: Tiles,
+    options: tuple[bool, float, float],
+    reverse: bool,
+) -> None:
+    """Write ``ddt``, and for each chunk dA, dbias and, of a D for each head, dD, all (b, chunks, h)."""
+    batch, l, heads = dt.shape
+    chunks = steps.delta.shape[2]
+    dt, ddt = from_first(dt, 1, reverse), from_first(ddt, 1, reverse)
+    ddt_time = token_strides(ddt, reverse)[1]
+    ssd_step_gradients.launch(
+        (chunks, -(-heads // HEADS), batch),
+        (dt, A, bias, table, *steps, *flows, ddt, dA, dbias, dD),
+        (l, heads, chunks, steps.sums.stride(0), *token_strides(dt, reverse), ddt_time),
+        (*options, tiles.precise, tiles.Q, tiles.BP, HEADS),
+        4,
+    )
+
+
+def token_strides(tensor: Tensor | None, reverse: bool) -> tuple[int, int, int]:
+    """Of a batch row, of a token in scan order, and of a head or group; zeros for a tensor that is not given."""
+    if tensor is None:
+        return 0, 0, 0
+    batch, time, head = tensor.stride()[:3]
+    return batch, -time if reverse else time, head
