@@ -15,6 +15,7 @@ from ssmscan.ops import (
     selective_scan,
     selective_scan_step,
     ssd,
+    ssd_bidirectional,
     ssd_step,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_step",
     "ssd",
+    "ssd_bidirectional",
     "ssd_step",
 ]
 __version__ = "0.1.0"

@@ -6,6 +6,7 @@ from ssmscan.ops.rg_lru import rg_lru, rg_lru_step
 from ssmscan.ops.s4d import s4d, s4d_lin, s4d_real, s4d_step
 from ssmscan.ops.selective_scan import selective_scan, selective_scan_step
 from ssmscan.ops.ssd import ssd, ssd_step
+from ssmscan.ops.ssd.bidirectional import ssd_bidirectional
 
 __all__ = [
     "causal_conv1d",
@@ -24,5 +25,6 @@ __all__ = [
     "selective_scan",
     "selective_scan_step",
     "ssd",
+    "ssd_bidirectional",
     "ssd_step",
 ]

@@ -50,14 +50,45 @@ def backward(
     initial: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of all arguments, empty for those not given; of h0 where ``initial``."""
-    batch, l, heads, p = x.shape
-    groups, n = B.shape[2:]
-    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dx = x.new_empty(x.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dh0 = x.new_empty(h0.shape if h0 is not None and initial else (0,), dtype=torch.float32)
-    if initial and (sequence is not None or l == 0):
+    if initial and (sequence is not None or x.shape[1] == 0):
         # The state of an empty sequence passes through; the kernel writes the others.
         dh0.copy_(dh) if dh is not None else dh0.zero_()
+    ddt, dA, dB, dC, dD, dbias = scan_gradients(
+        x, dt, A, B, C, D, z, dt_bias, h0, sequence, dy, dh, (softplus, low, high), reverse, dx, dz,
+        dh0 if initial else None,
+    )  # fmt: skip
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
+
+
+def scan_gradients(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    dy: Tensor,
+    dh: Tensor | None,
+    options: tuple[bool, float, float],
+    reverse: bool,
+    dx: Tensor,
+    dz: Tensor | None = None,
+    dh0: Tensor | None = None,
+    *,
+    shift: bool = False,
+    add: bool = False,
+) -> tuple[Tensor, ...]:
+    """The gradients of dt, A, B, C, D and dt_bias; ``dx`` is written, or added to, and ``dz`` and ``dh0`` written."""
+    batch, l, heads, p = x.shape
+    groups, n = B.shape[2:]
+    ddt = dt.new_empty(dt.shape)
     tiles = choose(x, n, backward=True)
     chunked = None if h0 is None else table(sequence, h0, tiles, reverse)
     chunks = -(-l // tiles.Q) if chunked is None else chunked.shape[1]
@@ -70,7 +101,7 @@ def backward(
     dBs, dCs = new((2, splits, batch, l, groups, n), dtype=torch.float32)
     if x.numel() > 0:
         xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
-        rate, bias, options = float32(A), float32(dt_bias), (softplus, low, high)
+        rate, bias = float32(A), float32(dt_bias)
         by_head, by_channel = (D is not None and D.dim() == axes for axes in (1, 2))
         at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
         states, adjoints = x.new_empty(2, at_once, chunks, heads, p, n, dtype=tiles.dtype)
@@ -80,23 +111,24 @@ def backward(
             own = part if sequence is None else slice(None)
             x_, dt_, B_, C_, dy_ = (v[part] for v in (xs, dt, Bs, Cs, dys))
             sizes = steps(dt_, rate, bias, chunked, tiles, options, reverse)
-            h, last = (None if v is None else v[own] for v in (h0, dh))
+            h, last, first = (None if v is None else v[own] for v in (h0, dh, dh0))
             y = None if z is None else x.new_empty(x_.shape, dtype=tiles.dtype)
             walk(x_, B_, sizes, h, chunked, tiles, reverse, c=C_, D=D, y=y, states=states)
-            if z is not None and y is not None:
-                dy_ = _gate(dy_, y, z[part], dz[part])
-            final = dh0[own] if initial else None
-            walk(dy_, C_, sizes, last, chunked, tiles, reverse, adjoint=True, states=adjoints, final=final)
+            if z is not None and y is not None and dz is not None:
+                dy_ = gate(dy_, y, z[part], dz[part])
+            walk(
+                dy_, C_, sizes, last, chunked, tiles, reverse, adjoint=True, shift=shift, states=adjoints, final=first
+            )  # fmt: skip
             flows = gradients(
                 x_, dy_, B_, C_, D, chunked, sizes, states, adjoints, dx[part], dBs[:, part], dCs[:, part],
-                dDs[part] if by_channel else None, tiles, reverse, of_heads,
+                dDs[part] if by_channel else None, tiles, reverse, of_heads, shift, add,
             )  # fmt: skip
             step_gradients(
                 dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],
                 dDs[part] if by_head else None, tiles, options, reverse,
             )  # fmt: skip
     dA, dD, dbias = (_sum(parts, (0, 1), like) for parts, like in ((dAs, A), (dDs, D), (dbiases, dt_bias)))
-    return dx, ddt, dA, _sum(dBs, (0,), B), _sum(dCs, (0,), C), dD, dz, dbias, dh0
+    return ddt, dA, _sum(dBs, (0,), B), _sum(dCs, (0,), C), dD, dbias
 
 
 def _sum(parts: Tensor, axes: tuple[int, ...], like: Tensor | None) -> Tensor:
@@ -104,7 +136,7 @@ def _sum(parts: Tensor, axes: tuple[int, ...], like: Tensor | None) -> Tensor:
     return parts.new_empty(0) if like is None else like.new_empty(like.shape).copy_(parts.sum(axes))
 
 
-def _gate(dy: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+def gate(dy: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:
     """Write ``dz``, and return the gradient of y before the gate."""
     gated = torch.empty_like(y)
     size = y.numel()

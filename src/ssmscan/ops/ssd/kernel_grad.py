@@ -19,7 +19,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import GRADIENTS, Tiles
 from ssmscan.ops.ssd.kernel_steps import Flows, Steps, token_strides
-from ssmscan.ops.ssd.tiles import decays, load_tile, place, store_tile
+from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
 
 
 @triton.jit
@@ -37,11 +37,11 @@ def ssd_state_gradients(
     x, dy, C, table, deltas, sums, states, adjoints, dB, dC, into, through,
     L, H, P, N, chunks, part, x_batch, x_head, dy_batch, dy_head, C_batch, C_group, totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
-    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What the states give to dB and dC, what flows from h into each token, and from h to g."""
+    """What the states give to dB and dC, what flows from h into each token, and from h to g. SHIFT: as below."""
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
     chunk = tl.program_id(0)
@@ -54,13 +54,14 @@ def ssd_state_gradients(
     Cs = load_tile(C + batch * C_batch + first * C_time + group * C_group, rows * C_time, n, exists, N, EVEN_N, DOT)
     x += batch * x_batch + first * x_time
     dy += batch * dy_batch + first * dy_time
+    shown = followed(table, chunk, chunks, first, count, q, L) if SHIFT else exists
     dBs = tl.zeros((Q, BN), tl.float32)
     dCs = tl.zeros((Q, BN), tl.float32)
     diagonal = tl.arange(0, BP)[:, None] == tl.arange(0, BP)[None, :]
     for head in tl.range(begin, end, num_stages=STAGES):
         wide = tl.cast(head, tl.int64)
         row = (batch * H + wide) * chunks + chunk
-        _, entered, left, _ = decays(sums + row * Q, part, q, 1, PRECISE, Q)
+        _, entered, left, _ = decays(sums + row * Q, part, q, 1, PRECISE, Q, False)
         left *= tl.load(deltas + row * Q + q)
         arriving = tl.zeros((Q,), tl.float32)
         flow = tl.zeros((BP,), tl.float32)
@@ -68,16 +69,16 @@ def ssd_state_gradients(
             p = block * BP + tl.arange(0, BP)
             inside = True if EVEN_P else p < P
             kept = ((batch * chunks + chunk) * H + wide) * P * N
-            xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT).to(tl.float32)
-            dys = load_tile(dy + wide * dy_head, rows * dy_time, p, exists, P, EVEN_P, DOT).to(tl.float32)
+            dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             hs = load_tile(states + kept, p * N, n, inside, N, EVEN_N, DOT)
+            arriving += tl.sum(tl.dot(Cs, tl.trans(hs), input_precision=PRECISION) * dys.to(tl.float32), 1)
+            dCs = tl.dot((dys.to(tl.float32) * entered[:, None]).to(DOT), hs, dCs, input_precision=PRECISION)
             gs = load_tile(adjoints + kept, p * N, n, inside, N, EVEN_N, DOT)
-            dCs = tl.dot((dys * entered[:, None]).to(DOT), hs, dCs, input_precision=PRECISION)
-            dBs = tl.dot((xs * left[:, None]).to(DOT), gs, dBs, input_precision=PRECISION)
-            arriving += tl.sum(tl.dot(Cs, tl.trans(hs), input_precision=PRECISION) * dys, 1)
             # The sum of h·g, as a trace: elementwise it takes more registers than there are.
             pairing = tl.dot(hs, tl.trans(gs), input_precision=PRECISION)
             flow += tl.sum(tl.where(diagonal, pairing, 0.0), 1)
+            xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
+            dBs = tl.dot((xs.to(tl.float32) * left[:, None]).to(DOT), gs, dBs, input_precision=PRECISION)
         tl.store(into + row * Q + q, arriving * entered)
         tl.store(through + row * BP + tl.arange(0, BP), flow)
     totals = split * totals_split + (batch * L * (H // PER_GROUP) + group) * N + first * out_time
@@ -92,11 +93,14 @@ def ssd_chunk_gradients(
     totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     dx_time: tl.constexpr,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
-    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
+    ADD: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row."""
+    """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row.
+
+    ADD: to what stands in dx. SHIFT: the scan's own dy is that of the next token.
+    """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
     chunk = tl.program_id(0)
@@ -111,6 +115,7 @@ def ssd_chunk_gradients(
     BC = tl.dot(Bs, tl.trans(Cs), input_precision=PRECISION)
     x += batch * x_batch + first * x_time
     dy += batch * dy_batch + first * dy_time
+    shown = followed(table, chunk, chunks, first, count, q, L) if SHIFT else exists
     dx += batch * L * H * P + first * dx_time
     dBC = tl.zeros((Q, Q), tl.float32)
     diagonal = q[:, None] == q[None, :]
@@ -119,30 +124,40 @@ def ssd_chunk_gradients(
         wide = tl.cast(head, tl.int64)
         row = (batch * H + wide) * chunks + chunk
         per_chunk = (batch * chunks + chunk) * H + wide
-        pairs, _, left, _ = decays(sums + row * Q, part, q, 0, PRECISE, Q)
+        pairs, _, left, _ = decays(sums + row * Q, part, q, 0, PRECISE, Q, False)
         delta = tl.load(deltas + row * Q + q)
         scores = (BC * pairs).to(DOT)
         products = tl.zeros((Q, Q), tl.float32)
         onward = tl.zeros((Q,), tl.float32)
+        past = tl.zeros((Q,), tl.float32)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             inside = True if EVEN_P else p < P
             xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
-            dys = load_tile(dy + wide * dy_head, rows * dy_time, p, exists, P, EVEN_P, DOT)
+            dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             gs = load_tile(adjoints + per_chunk * P * N, p * N, n, inside, N, EVEN_N, DOT)
             dxs = tl.dot(Bs, tl.trans(gs), input_precision=PRECISION) * left[:, None]
             onward += tl.sum(dxs * xs.to(tl.float32), 1)
             dxs = tl.dot(scores, dys, dxs, input_precision=PRECISION) * delta[:, None]
             if D is not None:
                 skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
-                dxs += dys.to(tl.float32) * skip[None, :]
+                direct = dys
+                if SHIFT:
+                    direct = load_tile(dy + wide * dy_head, rows * dy_time, p, exists, P, EVEN_P, DOT)
+                dxs += direct.to(tl.float32) * skip[None, :]
+                weighted = direct.to(tl.float32) * xs.to(tl.float32)
                 if dD is not None:
-                    dDs = tl.sum(dys.to(tl.float32) * xs.to(tl.float32), 0)
-                    tl.store(dD + per_chunk * P + p, dDs, mask=p < P)
+                    tl.store(dD + per_chunk * P + p, tl.sum(weighted, 0), mask=p < P)
+                elif SHIFT:
+                    past += tl.sum(weighted, 1)
+            if ADD:
+                dxs += load_tile(dx + wide * P, rows * dx_time, p, exists, P, EVEN_P, tl.float32)
             store_tile(dx + wide * P, rows * dx_time, p, dxs, exists, P, EVEN_P)
             products = tl.dot(xs, tl.trans(dys), products, input_precision=PRECISION)
         if skipped is not None:
-            tl.store(skipped + row * Q + q, tl.sum(tl.where(diagonal, products, 0.0), 1))
+            if not SHIFT:
+                past = tl.sum(tl.where(diagonal, products, 0.0), 1)
+            tl.store(skipped + row * Q + q, past)
         products *= pairs
         dBC += products * delta[:, None]
         products *= BC
@@ -179,8 +194,13 @@ def gradients(
     tiles: Tiles,
     reverse: bool,
     heads_at_once: int,
+    shift: bool,
+    add: bool,
 ) -> Flows:
-    """Write dx, and dB and dC for each part of a group's heads, and dD, (b, chunks, h, p), where it is given."""
+    """Write dx, or ``add`` to it, and dB and dC for each part of a group's heads, and dD, (b, chunks, h, p), if given.
+
+    ``shift``: y was that of the token before, as in the kernel of the walk.
+    """
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     chunks, splits = states.shape[1], dB.shape[0]
@@ -196,7 +216,7 @@ def gradients(
     common = (l, heads, p, n, chunks, steps.sums.stride(0), *of_x[::2], *of_dy[::2])
     of_state, of_chunk = GRADIENTS[tiles.precise]
     constants = (
-        heads // groups, heads_at_once, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q,
+        heads // groups, heads_at_once, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q,
         tiles.BP, tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,
     )  # fmt: skip
     ssd_state_gradients.launch(
@@ -211,7 +231,7 @@ def gradients(
         grid,
         (x, dy, B, C, D, table, *steps, adjoints, into, dB, dC, dx, dD, own, crossing, skipped),
         (*common, *of_B[::2], *of_C[::2], *skip, dB.stride(0)),
-        (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], *constants, of_chunk.stages),
+        (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], add, *constants, of_chunk.stages),
         of_chunk.warps,
     )
     return Flows(own, crossing, through, skipped)

@@ -18,23 +18,25 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import WALK, Tiles, plan
 from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
-from ssmscan.ops.ssd.tiles import decays, load_tile, place, store_tile
+from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
 
 
 @kernel(do_not_specialize=["L", "chunks", "length", "segments"])
 def ssd_walk(
-    u, v, c, D, z, initial, table, deltas, sums, y, final, states, logs, totals,
+    u, v, c, D, z, added, initial, table, deltas, sums, y, final, states, logs, totals,
     L, H, P, N, chunks, length, segments, part,
     u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head,
     D_head, D_p, initial_batch, initial_head, initial_p, initial_n,
     u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
-    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
     PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
 
-    WHOLE: every chunk has all of its tokens. FAR: they lie more than 2^31 elements apart.
+    SHIFT: a token's y is that of the token before it, 0 for the first (but for D, z and what is ``added``); the adjoint
+    then reads u at the token after it. WHOLE: every chunk has all of its tokens. FAR: they lie more than 2^31 elements
+    apart.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
@@ -54,6 +56,8 @@ def ssd_walk(
         z += batch * z_batch + tl.cast(head, tl.int64) * z_head
     if y is not None:
         y += (batch * L * H + head) * P
+    if added is not None:
+        added += (batch * L * H + head) * P
     if D is not None:
         # One number for a head costs nothing in the matrix product of each token with itself.
         skip = tl.load(D + head * D_head).to(tl.float32)
@@ -91,9 +95,13 @@ def ssd_walk(
         chunk = end - 1 - i if ADJOINT else begin + i
         first, count = place(table, chunk, chunks, L, Q)
         exists = True if WHOLE else q < count
-        us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT)
+        if SHIFT and ADJOINT:
+            shown = followed(table, chunk, chunks, first, count, q, L)
+            us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT)
+        else:
+            us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT)
         vs = load_tile(v + first * v_time, rows * v_time, n, exists, N, EVEN_N, DOT)
-        pairs, entered, left, total = decays(sums + tl.cast(chunk, tl.int64) * Q, part, q, 1, PRECISE, Q)
+        pairs, entered, left, total = decays(sums + tl.cast(chunk, tl.int64) * Q, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
         if not ADJOINT:
             delta = tl.load(deltas + tl.cast(chunk, tl.int64) * Q + q)
         if table is not None:
@@ -113,7 +121,12 @@ def ssd_walk(
             kept = states + (batch * chunks + chunk) * state_size + state_head
             store_tile(kept, state_rows, n, h, inside, N, EVEN_N)
         if y is not None:
-            cs = load_tile(c + first * c_time, rows * c_time, n, exists, N, EVEN_N, DOT)
+            if SHIFT:
+                begins = chunk == 0 if table is None else tl.load(table + 3 * chunks + chunk) != 0
+                preceded = (q < count) & ((q > 0) | (begins == 0))
+                cs = load_tile(c + (first - 1) * c_time, rows * c_time, n, preceded, N, EVEN_N, DOT)
+            else:
+                cs = load_tile(c + first * c_time, rows * c_time, n, exists, N, EVEN_N, DOT)
             out = tl.dot(cs, tl.trans(h.to(DOT)), input_precision=PRECISION) * entered[:, None]
             scores = tl.dot(cs, tl.trans(vs), input_precision=PRECISION) * (pairs * delta[None, :])
             if D is not None:
@@ -122,6 +135,8 @@ def ssd_walk(
                 else:
                     scores += tl.where(q[:, None] == q[None, :], skip, 0.0)
             out = tl.dot(scores.to(DOT), us, out, input_precision=PRECISION)
+            if added is not None:
+                out += load_tile(added + first * y_time, rows * y_time, p, exists, P, EVEN_P, tl.float32)
             if z is not None:
                 gate = load_tile(z + first * z_time, rows * z_time, p, exists, P, EVEN_P, tl.float32)
                 out *= gate * sigmoid(gate)
@@ -157,11 +172,16 @@ def walk(
     c: Tensor | None = None,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    added: Tensor | None = None,
+    shift: bool = False,
     y: Tensor | None = None,
     final: Tensor | None = None,
     states: Tensor | None = None,
 ) -> None:
-    """Walk all chunks, writing ``y``, the ``final`` state and the ``states`` before each chunk where they are given."""
+    """Walk all chunks, writing ``y``, the ``final`` state and the ``states`` before each chunk where they are given.
+
+    ``added`` is an output of another walk, in y's layout; ``shift`` is that of the kernel.
+    """
     batch, l, heads, p = u.shape
     n = v.shape[3]
     config = WALK[tiles.precise, y is not None]
@@ -169,7 +189,7 @@ def walk(
     blocks = -(-p // tiles.BP)
     length, segments = plan(batch * heads * blocks, chunks)
     u, v = from_first(u, 1, reverse), from_first(v, 1, reverse)
-    c, z, y = (None if t is None else from_first(t, 1, reverse) for t in (c, z, y))
+    c, z, y, added = (None if t is None else from_first(t, 1, reverse) for t in (c, z, y, added))
     of_tokens = [token_strides(t, reverse) for t in (u, v, c, z, y)]
     times = [s[1] for s in of_tokens]
     far = tiles.Q * max(map(abs, times)) >= 1 << 31
@@ -180,7 +200,7 @@ def walk(
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
-            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
+            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
             tiles.Q, tiles.BP, tiles.BN, p % tiles.BP == 0, n == tiles.BN, config.stages,
         )  # fmt: skip
 
@@ -191,14 +211,14 @@ def walk(
         # Nothing enters after the last segment, so it needs no summary.
         ssd_walk.launch(
             (heads * blocks, segments - 1, batch),
-            (u, v, None, None, None, initial, table, steps.delta, steps.sums, None, None, None, logs, totals),
+            (u, v, None, None, None, None, initial, table, steps.delta, steps.sums, None, None, None, logs, totals),
             integers,
             constants(True),
             config.warps,
         )
     ssd_walk.launch(
         (heads * blocks, segments, batch),
-        (u, v, c, D, z, initial, table, steps.delta, steps.sums, y, final, states, logs, totals),
+        (u, v, c, D, z, added, initial, table, steps.delta, steps.sums, y, final, states, logs, totals),
         integers,
         constants(False),
         config.warps,

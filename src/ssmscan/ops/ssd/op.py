@@ -81,7 +81,7 @@ def ssd(
         >>> y.flatten().tolist(), h.flatten().tolist()
         ([3.0, 4.5, 5.25], [1.75, 1.75])
     """
-    _check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
+    check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
     batch, l, heads, p = x.shape
     n = B.shape[3]
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
@@ -146,14 +146,14 @@ def ssd_step(
         >>> ssd_step(x, dt, A, B, B, h=h).tolist(), h.tolist()
         ([[[4.0]]], [[[[2.0, 2.0]]]])
     """
-    _check("ssd_step", "b, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
+    check("ssd_step", "b, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
     check_state("ssd_step", "h", h, "b, h, p, n", (*x.shape, B.shape[2]), dtype)
     low, high = map(float, dt_limit)
     return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus, low, high)
 
 
-def _check(
+def check(
     function: str,
     token: str,
     x: Tensor,

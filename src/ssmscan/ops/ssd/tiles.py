@@ -21,26 +21,34 @@ def bounded(v, low, high):
 
 
 @triton.jit
-def decays(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr):
+def _earlier(sums, q):
+    """The sums up to the tokens before q."""
+    return tl.load(sums + q - 1, mask=q > 0, other=0.0)
+
+
+@triton.jit
+def decays(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, SHIFT: tl.constexpr):
     """The decay from token j to i where j <= i, from the begin to i and from j to the end, and the logarithm of all.
 
-    The first is [Q, Q], j along the axis FROM, the others [Q]. ``sums`` are those of the log-decays from the chunk's
-    begin on. A difference of two has the rounding errors of both; if PRECISE, whole numbers, whose sums are exact, and
-    what remains (``part`` further on) are summed apart.
+    The first is [Q, Q], j along the axis FROM, the others [Q]. With SHIFT they are to i - 1, and j <= i - 1. ``sums``
+    are those of the log-decays from the chunk's begin on. A difference of two has the rounding errors of both; if
+    PRECISE, whole numbers, whose sums are exact, and what remains (``part`` further on) are summed apart.
     """
     TO: tl.constexpr = 1 - FROM
-    entered = tl.load(sums + q)
+    at = tl.load(sums + q)
+    entered = _earlier(sums, q) if SHIFT else at
     total = tl.load(sums + (Q - 1))
-    pairs = tl.expand_dims(entered, FROM) - tl.expand_dims(entered, TO)
-    left = total - entered
+    pairs = tl.expand_dims(entered, FROM) - tl.expand_dims(at, TO)
+    left = total - at
     if PRECISE:
         rests = tl.load(sums + part + q)
+        before = _earlier(sums + part, q) if SHIFT else rests
         remaining = tl.load(sums + part + (Q - 1))
-        pairs += tl.expand_dims(rests, FROM) - tl.expand_dims(rests, TO)
+        pairs += tl.expand_dims(before, FROM) - tl.expand_dims(rests, TO)
         left += remaining - rests
-        entered += rests
+        entered += before
         total += remaining
-    lower = tl.expand_dims(q, FROM) >= tl.expand_dims(q, TO)
+    lower = tl.expand_dims(q, FROM) >= tl.expand_dims(q, TO) + SHIFT
     return exp2(tl.where(lower, pairs, -float("inf"))), exp2(entered), exp2(left), total
 
 
@@ -54,6 +62,12 @@ def place(table, chunk, chunks, L, Q: tl.constexpr):
         begin = tl.load(table + chunk).to(tl.int64)
         count = tl.load(table + chunks + chunk)
     return begin, count
+
+
+@triton.jit
+def followed(table, chunk, chunks, first, count, q, L):
+    """Which tokens of a chunk have a next one in their sequence."""
+    return first + q + 1 < L if table is None else q < count - tl.load(table + 4 * chunks + chunk)
 
 
 @triton.jit

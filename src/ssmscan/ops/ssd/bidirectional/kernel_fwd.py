@@ -1,0 +1,66 @@
+"""The forward of ssd_bidirectional on Triton: ssd's walk from the right, then from the left, which adds to the first."""
+
+from math import inf
+
+from torch import Tensor
+
+from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.ssd.configs import choose
+from ssmscan.ops.ssd.kernel_fwd import float32, table
+from ssmscan.ops.ssd.kernel_steps import steps
+from ssmscan.ops.ssd.kernel_walk import walk
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_rev: Tensor,
+    B_rev: Tensor,
+    C_rev: Tensor,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    softplus: bool,
+    shift: bool,
+) -> Tensor:
+    y = x.new_empty(x.shape)
+    both_ways(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
+    return y
+
+
+def both_ways(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_rev: Tensor,
+    B_rev: Tensor,
+    C_rev: Tensor,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    softplus: bool,
+    shift: bool,
+    y: Tensor,
+) -> None:
+    """Write ``y``, of the tiles' dtype or of x's."""
+    if y.numel() == 0:
+        return
+    tiles = choose(x, B.shape[3], backward=False)
+    x, B, C, B_rev, C_rev = (channels_last(v) for v in (x, B, C, B_rev, C_rev))
+    A, dt_bias, options = float32(A), float32(dt_bias), (softplus, 0.0, inf)
+    added = x.new_empty(x.shape, dtype=tiles.dtype)
+    chunks = None if h0 is None else table(sequence, h0, tiles, True)
+    sizes = steps(dt_rev, A, dt_bias, chunks, tiles, options, True)
+    walk(x, B_rev, sizes, h0, chunks, tiles, True, c=C_rev, shift=shift, y=added)
+    chunks = None if h0 is None else table(sequence, h0, tiles, False)
+    sizes = steps(dt, A, dt_bias, chunks, tiles, options, False)
+    walk(x, B, sizes, h0, chunks, tiles, False, c=C, D=D, z=channels_last(z), added=added, shift=shift, y=y)
