@@ -126,6 +126,8 @@ class OpCase:
     # Sums are of products rounded to the inputs' dtype, as on tensor cores: float32 results are no better than that.
     rounds: bool = False
     backends: tuple[str, ...] = ("torch", "cpu", "triton")
+    # A call takes long, in Triton's interpreter above all: fewer of the suite's rows are quick.
+    heavy: bool = False
     # Inputs at the edges of the domain (a = 0, huge dt, ...), by name: they replace those of ``inputs``.
     extremes: Mapping[str, Inputs] = field(default_factory=dict)
     # What this operation alone refuses; wrong types, shapes, devices and backends are tried for every operation.

@@ -11,6 +11,9 @@ option only, ``every_size`` takes more than the first size, ``cuda_only`` leaves
 Triton's interpreter is slow. Of its rows those are marked `slow` that ``interpret`` does not ask for: "none", when
 nothing is said, leaves all of them to the GPU; "first" takes a few rows of the first option, in which each value of an
 argument occurs; "values" takes such rows of all options.
+
+Of a heavy operation only "values" asks for any; where it is not asked for, other options than the first are slow on all
+backends, and with ``spare`` all rows are.
 """
 
 import tempfile
@@ -72,14 +75,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("grid")
     names = [name for name in AXES if name in metafunc.fixturenames]
     wanted = dict(marker.kwargs) if marker else {}
-    interpret = wanted.pop("interpret", "none")
+    interpret, spare = wanted.pop("interpret", "none"), wanted.pop("spare", False)
     # One row for each combination of what the test takes.
     rows = {tuple(_label(name, row[name]) for name in names): row for row in _rows(set(names), **wanted)}
-    quick = {labels for case in CASES for labels in _quick(rows, case, interpret)}
+    interpreted = {labels for case in CASES for labels in _quick(rows, case, interpret)}
+    quick = {
+        labels: not _is_heavy(row, interpret, spare) and (labels in interpreted or not _is_interpreted(row))
+        for labels, row in rows.items()
+    }
     metafunc.parametrize(
         names,
         [
-            pytest.param(*(row[name] for name in names), id="-".join(labels), marks=_marks(row, labels in quick))
+            pytest.param(*(row[name] for name in names), id="-".join(labels), marks=_marks(row, quick[labels]))
             for labels, row in rows.items()
         ],
     )
@@ -92,12 +99,22 @@ def _is_interpreted(row: Row) -> bool:
 def _marks(row: Row, quick: bool) -> list[pytest.MarkDecorator]:
     if row["device"] == "cuda":
         return [pytest.mark.gpu]
-    return [pytest.mark.slow] if _is_interpreted(row) and not quick else []
+    return [] if quick else [pytest.mark.slow]
+
+
+def _is_heavy(row: Row, interpret: str, spare: bool) -> bool:
+    """Whether a row is slow on any backend."""
+    case = row["case"]
+    if not case.heavy or row["backend"] == "reference":
+        return False
+    return spare or (interpret != "values" and row["option"] is not case.options[0])
 
 
 def _quick(rows: dict[tuple[str, ...], Row], case: OpCase, interpret: str) -> Iterator[tuple[str, ...]]:
     """The interpreted rows of ``case`` that are not slow: always the one with most values not yet seen."""
     chosen = {labels: row for labels, row in rows.items() if row["case"] is case and _is_interpreted(row)}
+    if case.heavy and interpret != "values":
+        interpret = "none"
     if interpret == "first":
         chosen = {labels: row for labels, row in chosen.items() if row["option"] is case.options[0]}
     parts = {labels: set(enumerate(labels)) for labels in chosen}

@@ -25,7 +25,7 @@ def test_finite_differences(case, option, backend, setting, size):
     assert torch.autograd.gradcheck(*_function(case.call(option, size, setting), backend), fast_mode=True)
 
 
-@pytest.mark.grid(backends=("torch",), settings=SETTINGS)
+@pytest.mark.grid(backends=("torch",), settings=SETTINGS, spare=True)
 def test_second_finite_differences(case, option, backend, setting, size):
     torch.manual_seed(0)
     assert torch.autograd.gradgradcheck(*_function(case.call(option, size, setting), backend), fast_mode=True)

@@ -94,7 +94,7 @@ def test_compile(case, option, backend, device, setting, size):
     _check_compiled(case, option, backend, device, setting, size, (19, 24))
 
 
-@pytest.mark.grid(first=True, backends=("torch",), settings=(PLAIN,))
+@pytest.mark.grid(first=True, backends=("torch",), settings=(PLAIN,), spare=True)
 def test_compile_plain(case, option, backend, setting, size):
     _check_compiled(case, option, backend, "cpu", setting, size, (9, 13))
 

@@ -82,6 +82,7 @@ CASE = OpCase(
     # In a matrix product with a triangle of zeros a NaN reaches back to the first token of its chunk.
     lacks=("nan",),
     rounds=True,
+    heavy=True,
     extremes={
         "dt at both ends of softplus": _steps(-100.0, -17.0, 0.0, 19.9, 20.1),
         "a huge dt at times": _steps(-3.0, -2.0, -1.0, 0.5, 1e4),

@@ -93,9 +93,9 @@ def ssd_chunk_gradients(
     totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     dx_time: tl.constexpr,
-    ADD: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
-    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr,
-    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
+    FAR: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row.
 
@@ -216,8 +216,8 @@ def gradients(
     common = (l, heads, p, n, chunks, steps.sums.stride(0), *of_x[::2], *of_dy[::2])
     of_state, of_chunk = GRADIENTS[tiles.precise]
     constants = (
-        heads // groups, heads_at_once, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q,
-        tiles.BP, tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,
+        heads // groups, heads_at_once, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
+        tiles.Q, tiles.BP, tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,
     )  # fmt: skip
     ssd_state_gradients.launch(
         grid,

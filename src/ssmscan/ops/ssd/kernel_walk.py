@@ -28,9 +28,10 @@ def ssd_walk(
     u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head,
     D_head, D_p, initial_batch, initial_head, initial_p, initial_n,
     u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
-    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
-    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr,
+    SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
+    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
 
@@ -101,9 +102,10 @@ def ssd_walk(
         else:
             us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT)
         vs = load_tile(v + first * v_time, rows * v_time, n, exists, N, EVEN_N, DOT)
-        pairs, entered, left, total = decays(sums + tl.cast(chunk, tl.int64) * Q, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
+        at = tl.cast(chunk, tl.int64) * Q
+        pairs, entered, left, total = decays(sums + at, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
         if not ADJOINT:
-            delta = tl.load(deltas + tl.cast(chunk, tl.int64) * Q + q)
+            delta = tl.load(deltas + at + q)
         if table is not None:
             owner = tl.load(table + 2 * chunks + chunk).to(tl.int64)
             # Its sequence begins here, in the direction of this walk, or ends.
@@ -200,8 +202,9 @@ def walk(
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
-            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
-            tiles.Q, tiles.BP, tiles.BN, p % tiles.BP == 0, n == tiles.BN, config.stages,
+            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, shift,
+            table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, tiles.BP, tiles.BN,
+            p % tiles.BP == 0, n == tiles.BN, config.stages,
         )  # fmt: skip
 
     logs = totals = None

@@ -29,7 +29,7 @@ CASE = OpCase(
     name="ssd_bidirectional",
     op=ssd_bidirectional,
     inputs=_inputs,
-    options=(HYDRA, SHARED, GATED, Option("plain", PLAIN.tensors, {"shift": True}, inputs=PLAIN.inputs)),
+    options=(HYDRA, GATED, PLAIN),
     sizes=SSD.sizes,
     sequence=("x", "dt", "B", "C", "z", *REVERSED),
     channelwise=SSD.channelwise,
@@ -37,6 +37,7 @@ CASE = OpCase(
     # In a matrix product with a triangle of zeros a NaN reaches all of its chunk.
     lacks=("causal", "nan"),
     rounds=True,
+    heavy=True,
     extremes={name: SSD.extremes[name] for name in ("a huge dt at times", "A = 0", "A strong")},
     refused=(
         Refusal("heads and groups", SSD.refused[0].change, ValueError, "the groups of B"),

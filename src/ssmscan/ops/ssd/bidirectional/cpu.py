@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops._numba.parallel import empty
 from ssmscan.ops.ssd import cpu
 from ssmscan.ops.ssd.bidirectional.chunked import after
 from ssmscan.shapes import state_dtype
@@ -29,7 +30,8 @@ def forward(
     shift: bool,
 ) -> Tensor:
     wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
-    y = torch.zeros_like(wide) if D is None else D.to(wide.dtype).view(x.shape[2], -1) * wide
+    y = empty(*x.shape, dtype=wide.dtype)
+    y.zero_() if D is None else torch.mul(D.to(wide.dtype).view(x.shape[2], -1), wide, out=y)
     for reverse, dt_, B_, C_ in ((False, dt, B, C), (True, dt_rev, B_rev, C_rev)):
         part, _ = cpu.forward(
             wide, dt_, A, B_, C_, None, None, dt_bias, h0, sequence, softplus, 0.0, inf, reverse
@@ -69,7 +71,7 @@ def backward(
         sigmoid = gate.sigmoid()
         dz = torch.empty(z.shape, dtype=z.dtype).copy_(dy * y * sigmoid * (1 + gate * (1 - sigmoid)))
         dy = dy * gate * sigmoid
-    dx = torch.empty(wide.shape, dtype=wide.dtype)
+    dx = empty(*x.shape, dtype=wide.dtype)
     dD = x.new_empty(0)
     if D is None:
         dx.zero_()

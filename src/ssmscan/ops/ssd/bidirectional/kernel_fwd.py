@@ -1,4 +1,4 @@
-"""The forward of ssd_bidirectional on Triton: ssd's walk from the right, then from the left, which adds to the first."""
+"""The forward of ssd_bidirectional on Triton: ssd's walk from the right, then one from the left that adds to it."""
 
 from math import inf
 
