@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 SIZE = {"b": 2, "l": 37, "h": 4, "p": 3, "g": 2, "n": 5}
+WHOLE = {"b": 1, "l": 32, "h": 2, "p": 16, "g": 1, "n": 16}
 LENGTHS = (0, 1, 15, 16, 17, 0, 3)
 BACKENDS = [name for name in CASE.backends if available.why_not(name, "cpu", torch.float32) is None]
 
@@ -79,6 +80,16 @@ def test_segments_and_parts_of_the_batch_and_of_the_heads(setting, monkeypatch):
     monkeypatch.setattr(configs, "PROGRAMS", 1 << 20)
     monkeypatch.setattr(kernel_bwd, "STATES_BYTES", 0)
     call = CASE.call(LAYER, {**SIZE, "l": 50}, setting).cast(torch.float32)
+    standard = Standard.of(call)
+    standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
+@pytest.mark.parametrize("option", [*CASE.options, ELEMENTWISE])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_whole_tiles(option, reverse):
+    """Lengths, channels and states that fill every tile, of which kernels mask nothing; the suite's sizes never do."""
+    call = CASE.call(option, WHOLE, Setting("h0", h0=True, reverse=reverse)).cast(torch.float32)
     standard = Standard.of(call)
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)
 

@@ -121,6 +121,16 @@ def test_nan_stays_in_its_document(backend, option):
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
+@pytest.mark.parametrize("option", [*CASE.options, SHARED])
+def test_whole_tiles(option):
+    """Lengths, channels and states that fill every tile, of which kernels mask nothing; the suite's sizes never do."""
+    call = CASE.call(option, {"b": 1, "l": 32, "h": 2, "p": 16, "g": 1, "n": 16}).cast(torch.float32)
+    standard = Standard.of(call)
+    standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
 @pytest.mark.parametrize("option", [HYDRA, SHARED])
 @pytest.mark.parametrize("setting", [Setting("plain"), Setting("packed", lengths=(40, 60))])
 def test_segments_and_parts(option, setting, monkeypatch):
