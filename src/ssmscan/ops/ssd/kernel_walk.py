@@ -10,6 +10,7 @@ state follows the same recurrence from the end, with u = dy and v = C. Both walk
 
 from typing import Any
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -21,23 +22,33 @@ from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
 from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
 
 
+@triton.jit
+def _load_state(
+    pointer, rows, n, inside, N, BP: tl.constexpr, BN: tl.constexpr, EVEN_N: tl.constexpr, UNIFORM: tl.constexpr
+):
+    if UNIFORM:
+        h = tl.zeros((BP, BN), tl.float32) + tl.load(pointer).to(tl.float32)
+    else:
+        h = load_tile(pointer, rows, n, inside, N, EVEN_N, tl.float32)
+    return h
+
+
 @kernel(do_not_specialize=["L", "chunks", "length", "segments"])
 def ssd_walk(
     u, v, c, D, z, added, initial, table, deltas, sums, y, final, states, logs, totals,
     L, H, P, N, chunks, length, segments, part,
-    u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head,
-    D_head, D_p, initial_batch, initial_head, initial_p, initial_n,
+    u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head, D_head, D_p, initial_batch, initial_head,
     u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
-    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr,
-    SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr,
-    Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr,
+    PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, UNIFORM: tl.constexpr, ADJOINT: tl.constexpr,
+    SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
+    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
 
     SHIFT: a token's y is that of the token before it, 0 for the first (but for D, z and what is ``added``); the adjoint
-    then reads u at the token after it. WHOLE: every chunk has all of its tokens. FAR: they lie more than 2^31 elements
-    apart.
+    then reads u at the token after it. UNIFORM: an initial state is one number. WHOLE: every chunk has all of its
+    tokens. FAR: they lie more than 2^31 elements apart.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
@@ -66,8 +77,6 @@ def ssd_walk(
             skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
     if initial is not None:
         initial += tl.cast(head, tl.int64) * initial_head
-        initial_tile = p.to(tl.int64)[:, None] * initial_p + n.to(tl.int64)[None, :] * initial_n
-    state_mask = (p < P)[:, None] & (n < N)[None, :]
     # Tiles of states lie in (..., h, p, n), what the chunks start from in (b, h, chunks, Q).
     state_rows = p * N
     state_head = tl.cast(head, tl.int64) * P * N
@@ -79,7 +88,7 @@ def ssd_walk(
     h = tl.zeros((BP, BN), tl.float32)
     if not SUMMARY:
         if initial is not None and table is None:
-            h = tl.load(initial + batch * initial_batch + initial_tile, mask=state_mask, other=0.0).to(tl.float32)
+            h = _load_state(initial + batch * initial_batch, state_rows, n, inside, N, BP, BN, EVEN_N, UNIFORM)
         if totals is not None:
             # The summaries of the segments walked before, always in the same order.
             for j in range(segment):
@@ -116,9 +125,7 @@ def ssd_walk(
                 if initial is None:
                     h = tl.zeros((BP, BN), tl.float32)
                 else:
-                    h = tl.load(
-                        initial + owner * initial_batch + initial_tile, mask=state_mask, other=0.0
-                    ).to(tl.float32)  # fmt: skip
+                    h = _load_state(initial + owner * initial_batch, state_rows, n, inside, N, BP, BN, EVEN_N, UNIFORM)
         if states is not None:
             kept = states + (batch * chunks + chunk) * state_size + state_head
             store_tile(kept, state_rows, n, h, inside, N, EVEN_N)
@@ -197,12 +204,16 @@ def walk(
     far = tiles.Q * max(map(abs, times)) >= 1 << 31
     strides = [s for t in of_tokens[:4] for s in t[::2]]
     strides += (0, 0) if D is None else (D.stride(0), D.stride(-1))
-    strides += (0, 0, 0, 0) if initial is None else initial.stride()
+    # Zeros come as one number, expanded.
+    uniform = initial is not None and initial.stride()[2:] == (0, 0)
+    if initial is not None and not uniform:
+        initial = initial.contiguous()
+    strides += (0, 0) if initial is None else initial.stride()[:2]
     integers = (l, heads, p, n, chunks, length, segments, steps.sums.stride(0), *strides)
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
-            *times, heads // v.shape[2], D is not None and D.dim() == 2, adjoint, summary, shift,
+            *times, heads // v.shape[2], D is not None and D.dim() == 2, uniform, adjoint, summary, shift,
             table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, tiles.BP, tiles.BN,
             p % tiles.BP == 0, n == tiles.BN, config.stages,
         )  # fmt: skip
