@@ -9,14 +9,11 @@ from ssmscan.ops.ssd.case import CASE, ELEMENTWISE, LAYER
 from ssmscan.ops.ssd.op import ssd
 from ssmscan.testing import Setting, Standard, assert_close, rms_ratio, same_bits, widest
 
-# Minutes under the interpreter, for an operation that is not exported yet.
-pytestmark = pytest.mark.slow
-
-
 SIZE = {"b": 2, "l": 37, "h": 4, "p": 3, "g": 2, "n": 5}
 WHOLE = {"b": 1, "l": 32, "h": 2, "p": 16, "g": 1, "n": 16}
 LENGTHS = (0, 1, 15, 16, 17, 0, 3)
 BACKENDS = [name for name in CASE.backends if available.why_not(name, "cpu", torch.float32) is None]
+ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name == "triton" else []) for name in BACKENDS]
 
 
 def _dense(x, dt, A, B, C):
@@ -41,7 +38,7 @@ def test_dense_form(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ROWS)
 def test_skip_of_each_element(backend, dtype):
     """Apart from the suite, for without its last axis this D is a good one, not a wrong one."""
     setting = Setting("packed", h0=True, reverse=True, lengths=LENGTHS)
@@ -51,7 +48,7 @@ def test_skip_of_each_element(backend, dtype):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ROWS)
 def test_nan_stays_in_its_document(backend, reverse):
     setting = Setting("packed", h0=True, reverse=reverse, lengths=(3, 0, 20, 15))
     call = CASE.call(LAYER, SIZE, setting).cast(widest(backend))
@@ -68,6 +65,7 @@ def test_nan_stays_in_its_document(backend, reverse):
             assert same_bits(dirty[output][[0, 1, 3]], clean[output][[0, 1, 3]]), output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
 @pytest.mark.parametrize(
     "setting", [Setting("h0", h0=True), Setting("packed", h0=True, reverse=True, lengths=(40, 60))]
@@ -84,6 +82,7 @@ def test_segments_and_parts_of_the_batch_and_of_the_heads(setting, monkeypatch):
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
 @pytest.mark.parametrize("option", [*CASE.options, ELEMENTWISE])
 @pytest.mark.parametrize("reverse", [False, True])

@@ -11,6 +11,7 @@ from ssmscan.testing import Setting, Standard, assert_close, rms_ratio, same_bit
 
 SIZE = {"b": 2, "l": 37, "h": 4, "p": 3, "g": 2, "n": 5}
 BACKENDS = [name for name in CASE.backends if available.why_not(name, "cpu", torch.float32) is None]
+ROWS = [pytest.param(name, marks=[pytest.mark.slow] if name == "triton" else []) for name in BACKENDS]
 PLAIN = [name for name in ("reference", *BACKENDS) if name != "triton"]
 
 
@@ -92,10 +93,9 @@ def test_the_same_from_the_other_end(backend):
     assert_close({n: v.flip(1) if n in moving else v for n, v in others.items()}, values, torch.float64)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ROWS)
 def test_skip_of_each_element(backend, dtype, shift):
     """Apart from the suite, for without its last axis this D is a good one, not a wrong one."""
     call = CASE.call(ELEMENTWISE, SIZE, Setting("packed", lengths=(0, 1, 15, 17, 3))).set(shift=shift).cast(dtype)
@@ -103,9 +103,8 @@ def test_skip_of_each_element(backend, dtype, shift):
     standard.judge(call.differentiate(backend, standard.cotangents), CASE, dtype, truncated=backend == "triton")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("option", [HYDRA, SHARED])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ROWS)
 def test_nan_stays_in_its_document(backend, option):
     call = CASE.call(option, SIZE, Setting("packed", lengths=(3, 0, 20, 15))).cast(widest(backend))
     clean = call.differentiate(backend)

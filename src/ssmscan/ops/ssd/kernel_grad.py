@@ -44,8 +44,8 @@ def ssd_state_gradients(
     """What the states give to dB and dC, what flows from h into each token, and from h to g. SHIFT: as below."""
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
-    chunk = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
@@ -103,8 +103,8 @@ def ssd_chunk_gradients(
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
-    chunk = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
@@ -204,7 +204,7 @@ def gradients(
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     chunks, splits = states.shape[1], dB.shape[0]
-    grid = (chunks, groups * splits, batch)
+    grid = (batch * chunks, groups * splits, 1)
     into, own, crossing = steps.delta.new_empty(3, *steps.delta.shape)
     through = into.new_empty(batch, heads, chunks, tiles.BP)
     skipped = None if D is None or dD is not None else torch.empty_like(own)

@@ -49,9 +49,9 @@ def ssd_steps(
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(0) % chunks
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
     q = tl.arange(0, Q)
     first, count = place(table, chunk, chunks, L, Q)
     inside = heads < H
@@ -81,9 +81,9 @@ def ssd_step_gradients(
     BP: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt, and those of A, dt_bias and D for each chunk."""
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(0) % chunks
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
     q = tl.arange(0, Q)
     first, count = place(table, chunk, chunks, L, Q)
     inside = heads < H
@@ -128,7 +128,7 @@ def steps(
     delta = dt.new_empty(batch, heads, chunks, tiles.Q, dtype=torch.float32)
     sums = delta.new_empty(1 + tiles.precise, *delta.shape)
     ssd_steps.launch(
-        (chunks, -(-heads // HEADS), batch),
+        (batch * chunks, -(-heads // HEADS), 1),
         (from_first(dt, 1, reverse), A, bias, table, delta, sums),
         (l, heads, chunks, sums.stride(0), *token_strides(dt, reverse)),
         (*options, tiles.precise, tiles.Q, HEADS),
@@ -158,7 +158,7 @@ def step_gradients(
     dt, ddt = from_first(dt, 1, reverse), from_first(ddt, 1, reverse)
     ddt_time = token_strides(ddt, reverse)[1]
     ssd_step_gradients.launch(
-        (chunks, -(-heads // HEADS), batch),
+        (batch * chunks, -(-heads // HEADS), 1),
         (dt, A, bias, table, *steps, *flows, ddt, dA, dbias, dD),
         (l, heads, chunks, steps.sums.stride(0), *token_strides(dt, reverse), ddt_time),
         (*options, tiles.precise, tiles.Q, tiles.BP, HEADS),

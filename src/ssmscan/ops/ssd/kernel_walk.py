@@ -52,10 +52,10 @@ def ssd_walk(
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
-    head = tl.program_id(0) // blocks
+    head = tl.program_id(0) // blocks % H
     p = tl.program_id(0) % blocks * BP + tl.arange(0, BP)
     segment = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // (blocks * H)).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     inside = True if EVEN_P else p < P
@@ -224,14 +224,14 @@ def walk(
         totals = steps.delta.new_empty(batch, segments, heads, p, n)
         # Nothing enters after the last segment, so it needs no summary.
         ssd_walk.launch(
-            (heads * blocks, segments - 1, batch),
+            (batch * heads * blocks, segments - 1, 1),
             (u, v, None, None, None, None, initial, table, steps.delta, steps.sums, None, None, None, logs, totals),
             integers,
             constants(True),
             config.warps,
         )
     ssd_walk.launch(
-        (heads * blocks, segments, batch),
+        (batch * heads * blocks, segments, 1),
         (u, v, c, D, z, added, initial, table, steps.delta, steps.sums, y, final, states, logs, totals),
         integers,
         constants(False),
