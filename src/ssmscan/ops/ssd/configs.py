@@ -36,8 +36,14 @@ WALK = {
     (True, True): Config(8, 1),
     (True, False): Config(8, 1),
 }
-# By whether the products are precise: what comes from the states, and the rest.
-GRADIENTS = {False: (Config(4, 2), Config(4, 2)), True: (Config(8, 1), Config(8, 1))}
+# By whether the products are precise, and whether there are more than 128 states, of which two stages do not fit: what
+# comes from the states, and the rest.
+GRADIENTS = {
+    (False, False): (Config(4, 2), Config(4, 2)),
+    (False, True): (Config(8, 1), Config(4, 1)),
+    (True, False): (Config(8, 1), Config(8, 1)),
+    (True, True): (Config(8, 1), Config(8, 1)),
+}
 DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
