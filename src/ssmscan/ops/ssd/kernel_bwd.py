@@ -83,9 +83,9 @@ def scan_gradients(
     dh0: Tensor | None = None,
     *,
     shift: bool = False,
-    add: bool = False,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of dt, A, B, C, D and dt_bias; ``dx`` is written, or added to, and ``dz`` and ``dh0`` written."""
+    """The gradients of dt, A, B, C, D and dt_bias; ``dx``, to which ``added`` is, ``dz`` and ``dh0`` are written."""
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     ddt = dt.new_empty(dt.shape)
@@ -121,7 +121,8 @@ def scan_gradients(
             )  # fmt: skip
             flows = gradients(
                 x_, dy_, B_, C_, D, chunked, sizes, states, adjoints, dx[part], dBs[:, part], dCs[:, part],
-                dDs[part] if by_channel else None, tiles, reverse, of_heads, shift, add,
+                dDs[part] if by_channel else None, tiles, reverse, of_heads, shift,
+                None if added is None else added[part],
             )  # fmt: skip
             step_gradients(
                 dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],

@@ -88,18 +88,18 @@ def ssd_state_gradients(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_chunk_gradients(
-    x, dy, B, C, D, table, deltas, sums, adjoints, into, dB, dC, dx, dD, own, crossing, skipped,
+    x, dy, B, C, D, table, deltas, sums, adjoints, into, added, dB, dC, dx, dD, own, crossing, skipped,
     L, H, P, N, chunks, part, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch, C_group, D_head, D_p,
     totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     dx_time: tl.constexpr,
-    ADD: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
+    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
     FAR: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row.
 
-    ADD: to what stands in dx. SHIFT: the scan's own dy is that of the next token.
+    What is ``added`` to dx may be its own memory. SHIFT: the scan's own dy is that of the next token.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
@@ -117,6 +117,8 @@ def ssd_chunk_gradients(
     dy += batch * dy_batch + first * dy_time
     shown = followed(table, chunk, chunks, first, count, q, L) if SHIFT else exists
     dx += batch * L * H * P + first * dx_time
+    if added is not None:
+        added += batch * L * H * P + first * dx_time
     dBC = tl.zeros((Q, Q), tl.float32)
     diagonal = q[:, None] == q[None, :]
     after = (q[:, None] <= q[None, :]).to(DOT)
@@ -150,8 +152,8 @@ def ssd_chunk_gradients(
                     tl.store(dD + per_chunk * P + p, tl.sum(weighted, 0), mask=p < P)
                 elif SHIFT:
                     past += tl.sum(weighted, 1)
-            if ADD:
-                dxs += load_tile(dx + wide * P, rows * dx_time, p, exists, P, EVEN_P, tl.float32)
+            if added is not None:
+                dxs += load_tile(added + wide * P, rows * dx_time, p, exists, P, EVEN_P, tl.float32)
             store_tile(dx + wide * P, rows * dx_time, p, dxs, exists, P, EVEN_P)
             products = tl.dot(xs, tl.trans(dys), products, input_precision=PRECISION)
         if skipped is not None:
@@ -195,10 +197,11 @@ def gradients(
     reverse: bool,
     heads_at_once: int,
     shift: bool,
-    add: bool,
+    added: Tensor | None,
 ) -> Flows:
-    """Write dx, or ``add`` to it, and dB and dC for each part of a group's heads, and dD, (b, chunks, h, p), if given.
+    """Write dx, and dB and dC for each part of a group's heads, and dD, (b, chunks, h, p), where it is given.
 
+    What is ``added`` to dx has its layout, and may be dx itself.
     ``shift``: y was that of the token before, as in the kernel of the walk.
     """
     batch, l, heads, p = x.shape
@@ -210,6 +213,7 @@ def gradients(
     skipped = None if D is None or dD is not None else torch.empty_like(own)
     x, dy, B, C, dx = (from_first(t, 1, reverse) for t in (x, dy, B, C, dx))
     dB, dC = (from_first(t, 2, reverse) for t in (dB, dC))
+    added = None if added is None else from_first(added, 1, reverse)
     of_x, of_dy, of_B, of_C, of_dx = (token_strides(t, reverse) for t in (x, dy, B, C, dx))
     out_time = -dB.stride(2) if reverse else dB.stride(2)
     far = tiles.Q * max(abs(s[1]) for s in (of_x, of_dy, of_B, of_C, of_dx)) >= 1 << 31
@@ -229,9 +233,9 @@ def gradients(
     skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     ssd_chunk_gradients.launch(
         grid,
-        (x, dy, B, C, D, table, *steps, adjoints, into, dB, dC, dx, dD, own, crossing, skipped),
+        (x, dy, B, C, D, table, *steps, adjoints, into, added, dB, dC, dx, dD, own, crossing, skipped),
         (*common, *of_B[::2], *of_C[::2], *skip, dB.stride(0)),
-        (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], add, *constants, of_chunk.stages),
+        (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], *constants, of_chunk.stages),
         of_chunk.warps,
     )
     return Flows(own, crossing, through, skipped)

@@ -12,8 +12,10 @@ REVERSED = ("dt_rev", "B_rev", "C_rev")
 
 def _inputs(size, generator):
     tensors = SSD.inputs(size, generator)
-    other = {name: torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64) for name in "BC"}
-    return tensors | {"dt_rev": tensors["dt"].flip(0, 1), "B_rev": other["B"], "C_rev": other["C"]}
+    other = {
+        name: torch.randn(tensors[name].shape, generator=generator, dtype=torch.float64) for name in ("dt", "B", "C")
+    }
+    return tensors | {f"{name}_rev": tensor for name, tensor in other.items()}
 
 
 HYDRA = Option(

@@ -1,4 +1,4 @@
-"""The backward of ssd_bidirectional on Triton: that of ssd in each direction, the second adding to dx of the first."""
+"""The backward of ssd_bidirectional on Triton: that of ssd for each direction, the second adding to dx of the first."""
 
 from math import inf
 
@@ -34,10 +34,12 @@ def backward(
         both_ways(x, dt, A, B, C, D, None, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
         dy = gate(dy, y, z, dz)
     common = (h0, sequence, dy, None, (softplus, 0.0, inf))
+    dtype = choose(x, B.shape[3], backward=True).dtype
+    added = dx if dx.dtype is dtype else x.new_empty(x.shape, dtype=dtype)
     ddt, dA, dB, dC, dD, dbias = scan_gradients(
-        x, dt, A, B, C, D, None, dt_bias, *common, False, dx, shift=shift
+        x, dt, A, B, C, D, None, dt_bias, *common, False, added, shift=shift
     )  # fmt: skip
     ddt_rev, dA_rev, dB_rev, dC_rev, _, dbias_rev = scan_gradients(
-        x, dt_rev, A, B_rev, C_rev, None, None, dt_bias, *common, True, dx, shift=shift, add=True
+        x, dt_rev, A, B_rev, C_rev, None, None, dt_bias, *common, True, dx, shift=shift, added=added
     )  # fmt: skip
     return dx, ddt, dA + dA_rev, dB, dC, dD, dz, ddt_rev, dB_rev, dC_rev, dbias + dbias_rev
