@@ -140,7 +140,7 @@ def test_prefill_then_steps(case, option, backend, device, dtype, size, seed, da
     assert_close({"h": h}, {"h": whole["h"]}, dtype if case.rounds else torch.float32)
 
 
-@pytest.mark.grid(needs=("cu_seqlens",), interpret="first")
+@pytest.mark.grid(needs=("cu_seqlens",))
 @given(seed=SEEDS, lengths=LENGTHS, data=st.data())
 def test_documents_do_not_meet(case, option, backend, device, size, reverse, seed, lengths, data):
     """Another document in its place changes no bit of the others: outputs, states, gradients."""
