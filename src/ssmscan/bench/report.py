@@ -20,7 +20,7 @@ _NAMES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 def tables(results: Sequence[Result], headlines: bool = False) -> str:
     """The results in Markdown: for each machine what ran there, and a table of all but the sweeps, or of headlines."""
     parts = []
-    for gpu in dict.fromkeys(result.gpu for result in results):
+    for gpu in sorted({result.gpu for result in results}, key=lambda name: (name == "cpu", name)):
         here = [result for result in results if result.gpu == gpu]
         parts.append(
             f"**{gpu.upper()}**: median times. The floor is the time in which this machine copies the bytes that the "
