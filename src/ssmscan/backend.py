@@ -17,6 +17,10 @@ import torch
 
 from ssmscan.shapes import error
 
+# MKL picks its code for exp at the first call. When several threads make that call at once, the result can be off by
+# 1e-4 (seen in one of six processes with PyTorch 2.13); one thread makes it here.
+torch.zeros(1).exp()
+
 BACKENDS = ("triton", "cpu", "torch", "reference")
 
 

@@ -94,15 +94,10 @@ def test_compile(case, option, backend, device, setting, size):
     _check_compiled(case, option, backend, device, setting, size, (19, 24))
 
 
-@pytest.mark.grid(first=True, backends=("torch",), settings=(PLAIN,), spare=True)
-def test_compile_plain(case, option, backend, setting, size):
-    _check_compiled(case, option, backend, "cpu", setting, size, (9, 13))
-
-
 # The torch backend is unrolled into thousands of operators, which takes half a minute to trace.
 @pytest.mark.slow
 @pytest.mark.grid(backends=("torch",), settings=(PLAIN, H0, PACKED))
-def test_compile_plain_in_full(case, option, backend, setting, size):
+def test_compile_plain(case, option, backend, setting, size):
     _check_compiled(case, option, backend, "cpu", setting, size, (37, 45))
 
 
