@@ -6,7 +6,7 @@ import triton.language as tl
 from ssmscan.backend import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def exp(z):
     if _INTERPRET:
         power = tl.exp(z)
     else:
-        power = exp2(z * _LOG2E)
+        power = exp2(z * LOG2E)
     return power
 
 
@@ -44,7 +44,7 @@ def sigmoid(z):
         gate = tl.inline_asm_elementwise(
             "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.ftz.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
             "=f,f",
-            [z * -_LOG2E],
+            [z * -LOG2E],
             dtype=tl.float32,
             is_pure=True,
             pack=1,
@@ -55,7 +55,7 @@ def sigmoid(z):
 @triton.jit
 def softplus(z):
     """max(z, 0) + log1p(e), where e = exp(-|z|) and log1p(e) = 2·atanh(e / (2 + e)), to float32's precision."""
-    e = tl.exp2(-tl.abs(z) * _LOG2E)
+    e = tl.exp2(-tl.abs(z) * LOG2E)
     s = e / (2.0 + e)
     # 2·atanh(s)/s in powers of s² up to 1/9, relative error 4e-9.
     s2 = s * s

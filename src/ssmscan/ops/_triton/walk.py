@@ -57,16 +57,16 @@ def channels_last(tensor: Tensor | None) -> Tensor | None:
 
 
 @triton.jit
-def _halves(tile, BD: tl.constexpr, N: tl.constexpr):
+def halves(tile, BD: tl.constexpr, N: tl.constexpr):
     """The first and last N/2 columns of a [BD, N] tile."""
     return tl.split(tl.permute(tl.reshape(tile, [BD, 2, N // 2]), (0, 2, 1)))
 
 
 @triton.jit
 def _columns8(tile, BD: tl.constexpr):
-    left, right = _halves(tile, BD, 8)
-    a, b = _halves(left, BD, 4)
-    c, d = _halves(right, BD, 4)
+    left, right = halves(tile, BD, 8)
+    a, b = halves(left, BD, 4)
+    c, d = halves(right, BD, 4)
     a0, a1 = tl.split(a)
     b0, b1 = tl.split(b)
     c0, c1 = tl.split(c)
@@ -77,7 +77,7 @@ def _columns8(tile, BD: tl.constexpr):
 @triton.jit
 def rows(tile, BD: tl.constexpr):
     """The 16 rows of a [16, BD] tile, in order."""
-    left, right = _halves(tl.trans(tile), BD, 16)
+    left, right = halves(tl.trans(tile), BD, 16)
     return _columns8(left, BD) + _columns8(right, BD)
 
 
@@ -97,23 +97,23 @@ def load_tile(
 
 
 @triton.jit
-def _glue(left, right, BD: tl.constexpr, N: tl.constexpr):
+def glue(left, right, BD: tl.constexpr, N: tl.constexpr):
     """The [BD, N] tile whose first and last N/2 columns are given."""
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [BD, N])
 
 
 @triton.jit
 def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
-    left = _glue(tl.join(r[FIRST], r[FIRST + 1]), tl.join(r[FIRST + 2], r[FIRST + 3]), BD, 4)
-    right = _glue(tl.join(r[FIRST + 4], r[FIRST + 5]), tl.join(r[FIRST + 6], r[FIRST + 7]), BD, 4)
-    return _glue(left, right, BD, 8)
+    left = glue(tl.join(r[FIRST], r[FIRST + 1]), tl.join(r[FIRST + 2], r[FIRST + 3]), BD, 4)
+    right = glue(tl.join(r[FIRST + 4], r[FIRST + 5]), tl.join(r[FIRST + 6], r[FIRST + 7]), BD, 4)
+    return glue(left, right, BD, 8)
 
 
 @triton.jit
 def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
     """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
     pointers = pointer + (offset[:, None] + channels[None, :])
-    tile = tl.trans(_glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
+    tile = tl.trans(glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
     if not WHOLE:
         tl.store(pointers, tile, mask=exists[:, None] & (channels < D)[None, :])
     elif EVEN:
@@ -125,7 +125,7 @@ def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, E
 @triton.jit
 def channel_sums(values, BD: tl.constexpr):
     """The sums over the channels of 16 rows, a tuple in order; [16]."""
-    return tl.sum(_glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16), 0)
+    return tl.sum(glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16), 0)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.activation import LOG2E
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops.s4d.system import CHUNK
 
@@ -19,7 +20,6 @@ BACKWARD_STATES = 32
 
 _TURNS = tl.constexpr(0.15915494309189535)
 _TURN = tl.constexpr(6.283185307179586)
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class System(NamedTuple):
@@ -67,7 +67,7 @@ def _store(pointer, offset, imaginary, value, mask, PARTS: tl.constexpr):
 @triton.jit
 def _power(z, exponent):
     """exp(exponent · z) in float32. The angle is reduced in float64: it may be many turns."""
-    size = tl.exp2((z[0] * exponent * _LOG2E).to(tl.float32))
+    size = tl.exp2((z[0] * exponent * LOG2E).to(tl.float32))
     turns = z[1] * exponent * _TURNS
     angle = (turns - tl.floor(turns)).to(tl.float32) * _TURN
     return size * tl.cos(angle), size * tl.sin(angle)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.activation import LOG2E
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
@@ -23,7 +24,6 @@ from ssmscan.ops.selective_scan.kernel_fwd import enter_segment, summarise
 from ssmscan.ops.selective_scan.plan import batch_time_group, cover, matrix, runs_of
 from ssmscan.ops.selective_scan.tile import (
     LN2,
-    LOG2E,
     in_run,
     load_rows,
     load_states,

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.activation import LOG2E
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
 from ssmscan.ops.selective_scan.configs import FORWARD
 from ssmscan.ops.selective_scan.plan import Plan, batch_time_group, cover, matrix, runs_of
 from ssmscan.ops.selective_scan.tile import (
-    LOG2E,
     in_run,
     load_rows,
     load_states,

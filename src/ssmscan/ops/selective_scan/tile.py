@@ -8,19 +8,15 @@ that layout from the loads of A; see :func:`load_states`.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ssmscan.ops._triton.activation import LOG2E, softplus
+from ssmscan.ops._triton.walk import glue, halves
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _halves(tile, W: tl.constexpr, U: tl.constexpr):
-    """The first and last U/2 columns of a [W, U] tile."""
-    return tl.split(tl.permute(tl.reshape(tile, [W, 2, U // 2]), (0, 2, 1)))
-
-
-@triton.jit
 def _columns4(tile, W: tl.constexpr):
-    left, right = _halves(tile, W, 4)
+    left, right = halves(tile, W, 4)
     a, b = tl.split(left)
     c, d = tl.split(right)
     return (a, b, c, d)
@@ -30,23 +26,17 @@ def _columns4(tile, W: tl.constexpr):
 def rows(tile):
     """The rows of a [8, W] tile, in order."""
     W: tl.constexpr = tile.shape[1]
-    left, right = _halves(tl.trans(tile), W, 8)
+    left, right = halves(tl.trans(tile), W, 8)
     return _columns4(left, W) + _columns4(right, W)
-
-
-@triton.jit
-def _glue(left, right, W: tl.constexpr, U: tl.constexpr):
-    """The [W, U] tile whose first and last U/2 columns are given."""
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [W, U])
 
 
 @triton.jit
 def stack(r):
     """The [8, W] tile of 8 rows, a tuple in order."""
     W: tl.constexpr = r[0].shape[0]
-    left = _glue(tl.join(r[0], r[1]), tl.join(r[2], r[3]), W, 4)
-    right = _glue(tl.join(r[4], r[5]), tl.join(r[6], r[7]), W, 4)
-    return tl.trans(_glue(left, right, W, 8))
+    left = glue(tl.join(r[0], r[1]), tl.join(r[2], r[3]), W, 4)
+    right = glue(tl.join(r[4], r[5]), tl.join(r[6], r[7]), W, 4)
+    return tl.trans(glue(left, right, W, 8))
 
 
 @triton.jit
@@ -88,20 +78,6 @@ def store_states(pointer, channels, inside, channel_step, states, state_step, n,
     """Store what :func:`load_states` would load."""
     pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
     tl.store(pointers, tl.trans(tile), mask=inside[:, None] & (states < n)[None, :])
-
-
-@triton.jit
-def softplus(v):
-    """max(v, 0) + log1p(e), where e = exp(-|v|) and log1p(e) = 2·atanh(e / (2 + e)), to float32's precision."""
-    e = tl.exp2(-tl.abs(v) * LOG2E)
-    s = e / (2.0 + e)
-    # 2·atanh(s)/s in powers of s² up to 1/9, relative error 4e-9.
-    s2 = s * s
-    p = 0.28157778 * s2 + 0.27965158
-    p = p * s2 + 0.40024595
-    p = p * s2 + 0.66666322
-    p = p * s2 + 2.00000001
-    return tl.maximum(v, 0.0) + s * p
 
 
 @triton.jit

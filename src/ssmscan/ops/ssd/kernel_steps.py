@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import exp2, sigmoid, softplus
+from ssmscan.ops._triton.activation import LOG2E, exp2, sigmoid, softplus
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles
-from ssmscan.ops.ssd.tiles import LARGEST, LOG2E, bounded, place
+from ssmscan.ops.ssd.tiles import LARGEST, bounded, place
 
 # Heads that a program takes at once.
 HEADS = 16

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from ssmscan.ops._triton.activation import exp2
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of less is 0, of more inf. It keeps sums small, so that their differences lose few digits.
 LARGEST = tl.constexpr(256.0)
 
