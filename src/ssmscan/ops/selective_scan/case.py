@@ -112,7 +112,7 @@ CASE = OpCase(
         {"b": 1, "l": 4099, "d": 34, "n": 16},
         {"b": 2, "l": 4099, "d": 130, "n": 16},
     ),
-    # The backward's saved states, their scratch, and the sums of dB and dC over 128 channels each.
+    # The saved states, the backward's scratch, and the sums of dB and dC over 64 channels each.
     peak_memory=1.34,
     floor_ms=_exponentials,
     benchmarks=(

@@ -2,17 +2,45 @@
 
 from typing import NamedTuple
 
+# A program of the forward of more states than 16 divides them among its warps.
+STATES = 16
+
 
 class Config(NamedTuple):
     BD: int  # channels of a program
-    warps: int
+    warps: int  # for 16 states
     stages: int  # tiles in flight
     programs: int  # that fill the device
-    held: int  # steps whose states the backward holds in registers
 
 
-# A program of more states than 16 divides them among its warps.
-STATES = 16
-FORWARD = Config(BD=32, warps=1, stages=3, programs=1056, held=8)
-BACKWARD = Config(BD=128, warps=4, stages=3, programs=264, held=4)
-BACKWARD_MANY_STATES = Config(BD=32, warps=1, stages=2, programs=528, held=4)
+class BackwardConfig(NamedTuple):
+    states: int  # of a tile, a power of two
+    BD: int  # channels of a program
+    repeats: int  # of them in one lane
+    warps: int
+    programs: int  # that fill the device
+    kept: int  # rows of warps whose sums of dB and dC are added at the end of a run; 1 adds them in every tile
+    registers: int | None = None  # of a lane, at most
+
+    @property
+    def channels(self) -> int:
+        """Those side by side in a warp, four states in each lane."""
+        return max(128 // self.states, 1)
+
+
+FORWARD = Config(BD=32, warps=1, stages=3, programs=1056)
+
+
+def forward_tile(n: int) -> tuple[int, int]:
+    """The states of a tile for n, a power of two, and the warps of a program."""
+    N = max(STATES, 1 << (n - 1).bit_length())
+    return N, FORWARD.warps * (N // STATES)
+
+
+def backward_config(n: int) -> BackwardConfig:
+    """For n states; a lane holds four of each of ``repeats`` channels."""
+    if n <= 16:
+        return BackwardConfig(states=16, BD=64, repeats=2, warps=4, programs=264, kept=4)
+    states = 1 << (n - 1).bit_length()
+    repeats = 2 if states < 256 else 4
+    return BackwardConfig(states, 32, repeats, warps=states // (4 * repeats), programs=264, kept=1)

@@ -6,8 +6,11 @@ With g_t the gradient of h_t, dy the output's (times silu(z)) and e_t = exp(δ_t
     q_t = g_t·e_t·h_{t-1},    dA = Σ_t δ·q,    dδ = x·(g·B) + Σ_n A·q
 
 For each run, a stretch of at most SPAN steps between two saved states, a first pass recomputes the states and keeps
-some of them in memory, a scratch that stays in the cache. The second pass goes back over the HELD steps after each of
-these, whose states and decays it holds in registers.
+every fourth in memory, a scratch that stays in the cache. The second pass goes back over the four steps after each of
+these, whose states and decays it holds in registers. Both load a tile of four steps while they work on another.
+
+Each warp leaves its sums of dB and dC in the scratch too; they are added at the end of the run, so that warps wait for
+each other only there.
 """
 
 import torch
@@ -15,163 +18,169 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import LOG2E
+from ssmscan.ops._triton.activation import LOG2E, softplus
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
-from ssmscan.ops.selective_scan.configs import BACKWARD, BACKWARD_MANY_STATES, STATES
-from ssmscan.ops.selective_scan.kernel_fwd import enter_segment, summarise
-from ssmscan.ops.selective_scan.plan import batch_time_group, cover, matrix, runs_of
-from ssmscan.ops.selective_scan.tile import (
-    LN2,
-    in_run,
-    load_rows,
-    load_states,
-    sigmoid,
-    stack,
-    step_sizes,
-    store_rows,
-    store_states,
+from ssmscan.ops.selective_scan.configs import BackwardConfig, backward_config
+from ssmscan.ops.selective_scan.kernel_fwd import passes, summarise
+from ssmscan.ops.selective_scan.lanes import (
+    by_channel,
+    load_lanes,
+    load_row,
+    load_steps,
+    pick,
+    store_lanes,
+    store_steps,
     sum_channels,
-    vary,
+    sum_states,
 )
+from ssmscan.ops.selective_scan.plan import cover, runs_of
+from ssmscan.ops.selective_scan.tile import LN2, in_run, sigmoid, vary
+
+# Sums of dB and dC that are added at a time.
+ADDED = tl.constexpr(512)
+
+
+@triton.jit
+def _step_sizes(dts, bias, exists, SOFTPLUS: tl.constexpr):
+    """The step sizes of four steps, before and after softplus; those that are not in the run are 0."""
+    raw = by_channel(dts) + bias
+    return raw, tl.where(exists[None, None, :], softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
 @triton.jit
 def _again(
-    x, dt, B, scratch, h, a, bias, x_step, dt_step, B_step, t, low, high, n, one, channels, inside, states,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, HELD: tl.constexpr,
+    xs, dts, BC, h, a, bias, t, low, high,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Walk the 8 steps from position t, keeping the state before every HELD-th; the state after them."""
-    position = tl.cast(t, tl.int64)
-    row = tl.arange(0, 8)
-    exists = in_run(t + row, low, high, PACKED)
-    row = row.to(tl.int64)
-    xs = load_rows(x + position * x_step, row * x_step, exists, channels, inside)
-    dts = load_rows(dt + position * dt_step, row * dt_step, exists, channels, inside)
-    Bs = load_rows(B + position * B_step, row * B_step, exists, states, states < n)
-    deltas = step_sizes(dts, bias, t, low, high, SOFTPLUS, PACKED)
-    lane = tl.arange(0, BD)
-    for i in tl.static_range(8):
-        if i % HELD == 0:
-            to = scratch + i // HELD * N * BD
-            store_states(to, lane, lane < BD, vary(one, t), states, BD, N, h)
-        u = deltas[i] * xs[i].to(tl.float32)
-        h = tl.exp2(a * deltas[i][None, :]) * h + Bs[i].to(tl.float32)[:, None] * u[None, :]
+    """The state after the four steps from position t."""
+    S: tl.constexpr = N // 4
+    exists = in_run(t + tl.arange(0, 4), low, high, PACKED)
+    _, delta = _step_sizes(dts, bias, exists, SOFTPLUS)
+    u = delta * by_channel(xs)
+    for i in tl.static_range(4):
+        b = load_row(BC + i * 2 * N, in_run(t + i, low, high, True) if PACKED else True, N, h.shape[1])
+        h = tl.exp2(a * pick(delta, i, S)) * h + b * pick(u, i, S)
     return h
 
 
 @triton.jit
 def _tile(
-    x, dt, B, C, D, z, dy, scratch, dx, ddt, dz, partial, g, dA, dD, dbias, a, skip, bias,
-    x_step, dt_step, B_step, C_step, z_step, dy_step, direction, t, low, high, d, n, one, channels, inside, states,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, HELD: tl.constexpr,
+    xs, dts, zs, dys, BC, D, z, dx, ddt, dz, sums, h, g, dA, dD, dbias, a, skip, bias,
+    step, t, low, high, one, channels, inside,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, CL: tl.constexpr, KEPT: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over the 8 steps from position t, HELD of them at a time."""
-    position = tl.cast(t, tl.int64)
-    row = tl.arange(0, 8)
-    exists = in_run(t + row, low, high, PACKED)
-    row = row.to(tl.int64)
-    xs = load_rows(x + position * x_step, row * x_step, exists, channels, inside)
-    dts = load_rows(dt + position * dt_step, row * dt_step, exists, channels, inside)
-    dys = load_rows(dy + position * dy_step, row * dy_step, exists, channels, inside)
+    """Walk back over the four steps from position t, before which the state is h."""
+    S: tl.constexpr = N // 4
+    C: tl.constexpr = h.shape[1]
+    exists = in_run(t + tl.arange(0, 4), low, high, PACKED)
+    raw, delta = _step_sizes(dts, bias, exists, SOFTPLUS)
+    v = by_channel(xs)
+    w = by_channel(dys)
     if z is not None:
-        zs = load_rows(z + position * z_step, row * z_step, exists, channels, inside)
-    Bs = load_rows(B + position * B_step, row * B_step, exists, states, states < n)
-    Cs = load_rows(C + position * C_step, row * C_step, exists, states, states < n)
-    deltas = step_sizes(dts, bias, t, low, high, SOFTPLUS, PACKED)
-    lane = tl.arange(0, BD)
-    # The walk goes backward, so the rows are gathered from the front.
-    dxs = ()
-    ddts = ()
-    dzs = ()
-    sums = ()
-    for first in tl.static_range(8 - HELD, -1, -HELD):
-        # The states before and after each step, and its decay.
-        h = load_states(scratch + first // HELD * N * BD, lane, lane < BD, vary(one, t), states, BD, N)
-        hs = (h,)
-        decays = ()
-        for i in tl.static_range(first, first + HELD):
-            decay = tl.exp2(a * deltas[i][None, :])
-            u = deltas[i] * xs[i].to(tl.float32)
-            h = decay * h + Bs[i].to(tl.float32)[:, None] * u[None, :]
-            decays = decays + (decay,)
-            hs = hs + (h,)
-        for i in tl.static_range(first + HELD - 1, first - 1, -1):
-            before = hs[i - first]
-            after = hs[i - first + 1]
-            delta = deltas[i]
-            v = xs[i].to(tl.float32)
-            w = dys[i].to(tl.float32)
-            b = Bs[i].to(tl.float32)[:, None]
-            c = Cs[i].to(tl.float32)[:, None]
-            exists_i = in_run(t + i, low, high, PACKED)
-            if z is not None:
-                gate = zs[i].to(tl.float32)
-                opened = sigmoid(gate)
-                out = tl.sum(c * after, 0)
-                if D is not None:
-                    out += skip * v
-                dzs = (w * out * opened * (1.0 + gate * (1.0 - opened)),) + dzs
-                w *= gate * opened
-            g += c * w[None, :]
-            if partial is not None:
-                p = g * (delta * v)[None, :]
-                q = after * w[None, :]
-                if N == 16:
-                    sums = (sum_channels(p, q, BD),) + sums
-                else:
-                    to = partial + (position + i) * direction * (2 * N) + 2 * states
-                    tl.store(to, tl.sum(p, 1), mask=(states < N) & exists_i)
-                    tl.store(to + 1, tl.sum(q, 1), mask=(states < N) & exists_i)
-            du = tl.sum(g * b, 0)
-            g *= decays[i - first]
-            q = g * before
-            dA += q * delta[None, :]
-            step = v * du + LN2 * tl.sum(q * a, 0)
-            if SOFTPLUS:
-                step *= sigmoid(dts[i].to(tl.float32) + bias)
-            step = tl.where(exists_i, step, 0.0)
-            into = delta * du
-            if D is not None:
-                into += skip * w
-            dD += w * v
-            dbias += step
-            dxs = (into,) + dxs
-            ddts = (step,) + ddts
+        gate = by_channel(zs)
+        opened = sigmoid(gate)
+        gated = w * opened * (1.0 + gate * (1.0 - opened))
+        w *= gate * opened
+    u = delta * v
+    # The states before and after each step, and its decay.
+    hs = (h,)
+    decays = ()
+    bs = ()
+    for i in tl.static_range(4):
+        b = load_row(BC + i * 2 * N, in_run(t + i, low, high, True) if PACKED else True, N, C)
+        decay = tl.exp2(a * pick(delta, i, S))
+        h = decay * h + b * pick(u, i, S)
+        bs = bs + (b,)
+        decays = decays + (decay,)
+        hs = hs + (h,)
+    # The walk goes backward, so the steps are gathered from the front.
+    outs = ()
+    gBs = ()
+    qAs = ()
+    both = ()
+    for i in tl.static_range(3, -1, -1):
+        c = load_row(BC + i * 2 * N + N, in_run(t + i, low, high, True) if PACKED else True, N, C)
+        now = pick(w, i, S)
+        after = hs[i + 1]
+        if z is not None:
+            outs = (tl.sum(c * after, 3),) + outs
+        g += c * now
+        if sums is not None:
+            both = (sum_channels(g * pick(u, i, S), after * now, CL),) + both
+        gBs = (tl.sum(g * bs[i], 3),) + gBs
+        g *= decays[i]
+        q = g * hs[i]
+        dA += q * pick(delta, i, S)
+        qAs = (tl.sum(q * a, 3),) + qAs
+    gB = sum_states(gBs)
+    of_step = v * gB + LN2 * sum_states(qAs)
+    if SOFTPLUS:
+        of_step *= sigmoid(raw)
+    of_step = tl.where(exists[None, None, :], of_step, 0.0)
+    into = delta * gB
+    if D is not None:
+        into += skip * w
+    dD += w * v
+    dbias += of_step
     if dx is not None:
-        store_rows(dx + position * direction * d, row * direction * d, exists, channels, inside, dxs)
+        store_steps(dx, step, t, exists, channels, one, inside, into)
     if ddt is not None:
-        store_rows(ddt + position * direction * d, row * direction * d, exists, channels, inside, ddts)
+        store_steps(ddt, step, t, exists, channels, one, inside, of_step)
     if dz is not None:
-        store_rows(dz + position * direction * d, row * direction * d, exists, channels, inside, dzs)
-    if partial is not None and N == 16:
-        # Lanes 2j and 2j + 1 of every 32 hold the sums of state j of B and of C.
-        total = tl.sum(tl.reshape(stack(sums), [8, BD // 32, 32]), 1)
-        time = (position + row) * direction
-        tl.store(partial + (time[:, None] * 32 + tl.arange(0, 32)[None, :]), total, mask=exists[:, None])
+        out = sum_states(outs)
+        if D is not None:
+            out += skip * v
+        store_steps(dz, step, t, exists, channels, one, inside, out * gated)
+    if sums is not None:
+        WIDE: tl.constexpr = 8 // CL * 4
+        every = tl.permute(tl.join(tl.join(both[0], both[1]), tl.join(both[2], both[3])), (0, 1, 2, 4, 3))  # type: ignore[misc]
+        every = tl.reshape(every, [C // CL, CL * S, WIDE])
+        if KEPT == 1:
+            every = tl.sum(every, 0)[None, :, :]
+        column = (tl.arange(0, CL * S) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
+        tl.store(sums + ((tl.arange(0, KEPT) * (EVERY * 2 * N))[:, None, None] + column[None, :, :]), every)
     return g, dA, dD, dbias
 
 
-@kernel(do_not_specialize=["L", "n", "one", "length", "segments", "A_channel", "A_state"])
+@triton.jit
+def _add_sums(sums, partial, first, low, high, N: tl.constexpr, KEPT: tl.constexpr, EVERY: tl.constexpr):
+    """Add what the rows of warps have kept over a run whose tiles begin at position ``first``."""
+    end = (high - first + 3) // 4 * (8 * N)
+    for begin in range(0, end, ADDED):
+        at = begin + tl.arange(0, ADDED)
+        total = tl.zeros((ADDED,), tl.float32)
+        for row in tl.static_range(KEPT):
+            total += tl.load(sums + row * (EVERY * 2 * N) + at, mask=at < end, other=0.0)
+        position = first + at // (8 * N) * 4 + at % 4
+        tl.store(partial + tl.cast(first, tl.int64) * (2 * N) + at, total, mask=in_run(position, low, high, True))
+
+
+@kernel(do_not_specialize=["L", "n", "one", "length", "segments"])
 def selective_scan_backward(
-    x, dt, A, B, C, D, z, dt_bias, dy, h0, owners, starts, ends, saved, scratch, dh, elapsed, totals,
+    x, dt, A, BC, D, z, dt_bias, dy, h0, owners, starts, ends, saved, scratch, dh, elapsed, totals,
     dx, ddt, dz, dA, partial, dD, ddt_bias, dh0,
-    L, d, n, per_group, blocks, length, segments, one, A_channel, A_state,
-    x_batch, x_time, dt_batch, dt_time, B_batch, B_time, B_group, C_batch, C_time, C_group, z_batch, z_time,
-    dy_batch, dy_time,
+    L, d, n, per_group, blocks, length, segments, one,
+    x_batch, x_time, dt_batch, dt_time, z_batch, z_time, dy_batch, dy_time,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    N: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
+    N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, CL: tl.constexpr, KEPT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment, of a multiple of EVERY steps; segments count against the scan."""
     PACKED: tl.constexpr = starts is not None
+    SIZE: tl.constexpr = R * C * N
     groups = d // per_group
     walker = tl.program_id(0)
     group = walker // blocks % groups
-    within = walker % blocks * BD + tl.arange(0, BD)
+    within = walker % blocks * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     inside = within < per_group
     channels = group * per_group + within
-    states = tl.arange(0, N)
+    own = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    # The same for the tiles of steps.
+    step_within = walker % blocks * (R * C) + tl.arange(0, R)[None, :] * C + tl.arange(0, C)[:, None]
+    step_inside = step_within < per_group
+    step_channels = group * per_group + step_within
     segment = tl.program_id(1)
     batch = (walker // (blocks * groups)).to(tl.int64)
     begin = (segments - 1 - segment) * length
@@ -180,11 +189,19 @@ def selective_scan_backward(
     direction = -1 if REVERSE else 1
     x += batch * x_batch + origin * x_time
     dt += batch * dt_batch + origin * dt_time
-    B += batch * B_batch + origin * B_time + group.to(tl.int64) * B_group
-    C += batch * C_batch + origin * C_time + group.to(tl.int64) * C_group
     dy += batch * dy_batch + origin * dy_time
+    x_step = direction * x_time
+    dt_step = direction * dt_time
+    dy_step = direction * dy_time
+    # B and C lie in scan order.
+    tiles = tl.cdiv(L, 4)
+    BC += (batch * groups + group) * tiles * (8 * N)
     saved += batch * tl.cdiv(L, EVERY) * n * d
-    scratch += (walker.to(tl.int64) * segments + segment) * (EVERY // HELD) * N * BD
+    scratch += (walker.to(tl.int64) * segments + segment) * (EVERY // 4 * SIZE + KEPT * EVERY * 2 * N)
+    sums = None
+    if partial is not None:
+        partial += walker.to(tl.int64) * tiles * (8 * N)
+        sums = scratch + EVERY // 4 * SIZE
     out = (batch * L + origin) * d
     if z is not None:
         z += batch * z_batch + origin * z_time
@@ -194,28 +211,28 @@ def selective_scan_backward(
         ddt += out
     if dz is not None:
         dz += out
-    if partial is not None:
-        partial += (walker.to(tl.int64) * L + origin) * (2 * N)
 
-    a = load_states(A, channels, inside, A_channel, states, A_state, n) * LOG2E
-    skip = tl.zeros((BD,), tl.float32)
-    bias = tl.zeros((BD,), tl.float32)
+    a = load_lanes(A, channels, inside, N, 1, N, N) * LOG2E
+    skip = tl.zeros((R, C, 1), tl.float32)
+    bias = tl.zeros((R, C, 1), tl.float32)
     if D is not None:
-        skip = tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)
+        skip = tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)[:, :, None]
     if dt_bias is not None:
-        bias = tl.load(dt_bias + channels, mask=inside, other=0.0).to(tl.float32)
-    g = tl.zeros((N, BD), tl.float32)
-    dA_sum = tl.zeros((N, BD), tl.float32)
-    dD_sum = tl.zeros((BD,), tl.float32)
-    dbias = tl.zeros((BD,), tl.float32)
+        bias = tl.load(dt_bias + channels, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+    g = tl.zeros((R, C, N // 4, 4), tl.float32)
+    dA_sum = tl.zeros((R, C, N // 4, 4), tl.float32)
+    dD_sum = tl.zeros((R, C, 4), tl.float32)
+    dbias = tl.zeros((R, C, 4), tl.float32)
     if dh is not None and not PACKED:
-        g = load_states(dh + batch * d * n, channels, inside, n * one, states, one, n)
+        g = load_lanes(dh + batch * d * n, channels, inside, n * one, one, n, N)
     if totals is not None:
-        row = batch * segments * d
-        g = enter_segment(
-            g, a, elapsed + row, totals + row * n, starts, ends, segment, segments, length, d, n, one,
-            channels, inside, states, True,
-        )  # fmt: skip
+        # Compose the summaries of the segments walked before.
+        for j in range(segment):
+            row = (batch * segments + j) * d
+            kept = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[:, :, None, None]) * g
+            if PACKED:
+                kept = tl.where(passes(starts, ends, j, segments, length, True), kept, 0.0)
+            g = kept + load_lanes(totals + row * n, channels, inside, vary(one, j), d, n, N)
     high = min(begin + length, L)
     while high > begin:
         low = (high - 1) // EVERY * EVERY
@@ -227,51 +244,77 @@ def selective_scan_backward(
                 if dh is None:
                     g = tl.zeros_like(g)
                 else:
-                    g = load_states(dh + state, channels, inside, n * step, states, step, n)
+                    g = load_lanes(dh + state, channels, inside, n * step, step, n, N)
         entering = saved + tl.cast(low // EVERY, tl.int64) * n * d
         if PACKED:
             if start >= low:
-                h = load_states(h0 + state, channels, inside, n * step, states, step, n)
+                h = load_lanes(h0 + state, channels, inside, n * step, step, n, N)
             else:
-                h = load_states(entering, channels, inside, step, states, d, n)
+                h = load_lanes(entering, channels, inside, step, d, n, N)
             low = max(start, low)
         else:
-            h = load_states(entering, channels, inside, step, states, d, n)
-        first = low // 8 * 8
-        count = (high - first + 7) // 8
+            h = load_lanes(entering, channels, inside, step, d, n, N)
+        first = low // 4 * 4
+        last = (high - 1) // 4 * 4
         # What one lane writes to the scratch another may read; it must not be overwritten before.
         tl.debug_barrier()
-        for k in tl.range(0, count, num_stages=STAGES):
+        next_x = load_steps(x, x_step, first, low, high, step_channels, one, step_inside)
+        next_dt = load_steps(dt, dt_step, first, low, high, step_channels, one, step_inside)
+        for t in range(first, last + 4, 4):
+            xs = next_x
+            dts = next_dt
+            next_x = load_steps(x, x_step, t + 4, low, high, step_channels, one, step_inside)
+            next_dt = load_steps(dt, dt_step, t + 4, low, high, step_channels, one, step_inside)
+            store_lanes(scratch + (t - first) // 4 * SIZE, own, own >= 0, N, 1, N, N, h)
             h = _again(
-                x, dt, B, scratch + k * (8 // HELD * N * BD), h, a, bias,
-                direction * x_time, direction * dt_time, direction * B_time, first + k * 8, low, high, n, one,
-                channels, inside, states, SOFTPLUS, PACKED, N, BD, HELD,
+                xs, dts, BC + tl.cast(t, tl.int64) * (2 * N), h, a, bias, t, low, high, SOFTPLUS, PACKED, N
             )  # fmt: skip
         tl.debug_barrier()
-        for done in tl.range(0, count, num_stages=STAGES):
-            k = count - 1 - done
+        next_x = load_steps(x, x_step, last, low, high, step_channels, one, step_inside)
+        next_dt = load_steps(dt, dt_step, last, low, high, step_channels, one, step_inside)
+        next_dy = load_steps(dy, dy_step, last, low, high, step_channels, one, step_inside)
+        next_z = None
+        if z is not None:
+            next_z = load_steps(z, direction * z_time, last, low, high, step_channels, one, step_inside)
+        next_h = load_lanes(scratch + (last - first) // 4 * SIZE, own, own >= 0, N, 1, N, N)
+        for back in range(0, last - first + 4, 4):
+            t = last - back
+            xs = next_x
+            dts = next_dt
+            dys = next_dy
+            zs = next_z
+            h = next_h
+            next_x = load_steps(x, x_step, t - 4, low, high, step_channels, one, step_inside)
+            next_dt = load_steps(dt, dt_step, t - 4, low, high, step_channels, one, step_inside)
+            next_dy = load_steps(dy, dy_step, t - 4, low, high, step_channels, one, step_inside)
+            if z is not None:
+                next_z = load_steps(z, direction * z_time, t - 4, low, high, step_channels, one, step_inside)
+            next_h = load_lanes(scratch + max(t - 4 - first, 0) // 4 * SIZE, own, own >= 0, N, 1, N, N)
+            to = None if sums is None else sums + (t - first) * (2 * N)
             g, dA_sum, dD_sum, dbias = _tile(
-                x, dt, B, C, D, z, dy, scratch + k * (8 // HELD * N * BD), dx, ddt, dz, partial,
-                g, dA_sum, dD_sum, dbias, a, skip, bias,
-                direction * x_time, direction * dt_time, direction * B_time, direction * C_time, direction * z_time,
-                direction * dy_time, direction, first + k * 8, low, high, d, n, one, channels, inside, states,
-                SOFTPLUS, PACKED, N, BD, HELD,
+                xs, dts, zs, dys, BC + tl.cast(t, tl.int64) * (2 * N), D, z, dx, ddt, dz, to,
+                h, g, dA_sum, dD_sum, dbias, a, skip, bias,
+                direction * d, t, low, high, one, step_channels, step_inside,
+                SOFTPLUS, PACKED, N, CL, KEPT, EVERY,
             )  # fmt: skip
+        if partial is not None:
+            tl.debug_barrier()
+            _add_sums(sums, partial, first, low, high, N, KEPT, EVERY)
         # Two conditions, not one: the first is settled at compile time.
         if PACKED and dh0 is not None:  # noqa: SIM102
             if start == low:
-                store_states(dh0 + state, channels, inside, n * step, states, step, n, g)
+                store_lanes(dh0 + state, channels, inside, n * step, step, n, N, g)
         high = low
     if dh0 is not None and not PACKED:  # noqa: SIM102
         if begin == 0:
-            store_states(dh0 + batch * d * n, channels, inside, n * one, states, one, n, g)
+            store_lanes(dh0 + batch * d * n, channels, inside, n * one, one, n, N, g)
     row = batch * segments + segment
     if dA is not None:
-        store_states(dA + row * d * n, channels, inside, n * one, states, one, n, dA_sum)
+        store_lanes(dA + row * d * n, channels, inside, n * one, one, n, N, dA_sum)
     if dD is not None:
-        tl.store(dD + row * d + channels, dD_sum, mask=inside)
+        tl.store(dD + row * d + channels, tl.sum(dD_sum, 2), mask=inside)
     if ddt_bias is not None:
-        tl.store(ddt_bias + row * d + channels, dbias, mask=inside)
+        tl.store(ddt_bias + row * d + channels, tl.sum(dbias, 2), mask=inside)
 
 
 def backward(
@@ -309,10 +352,10 @@ def backward(
         )
         return *empty, dh0
     x, dt, z, dy = (channels_last(t) for t in (x, dt, z, dy))
-    B, C = matrix(B), matrix(C)
     D, dt_bias, h0, dh = (t if t is None else t.contiguous() for t in (D, dt_bias, h0, dh))
-    config = BACKWARD if n <= STATES else BACKWARD_MANY_STATES
-    plan = cover(batch, l, d, n, groups, config, SPAN)
+    config = backward_config(n)
+    N, BD = config.states, config.BD
+    plan = cover(batch, l, d, groups, config, SPAN)
     runs = runs_of(sequence, reverse)
     elapsed, totals = summarise(dy, dt, A, C, z, dt_bias, dh, runs, softplus, reverse, True, plan)
 
@@ -322,30 +365,74 @@ def backward(
     def like(t: Tensor | None, need: bool) -> Tensor | None:
         return t.new_empty(batch, l, d) if t is not None and need else None
 
-    rows = batch * plan.segments
+    # As many batch rows at once as fill the device: they share the scratch, and the sums of dB and dC over channels.
+    walkers = groups * plan.blocks
+    at_once = min(max(config.programs // (walkers * plan.segments), 1), batch)
+    tiles, size = -(-l // 4), config.kept * SPAN * 2 * N + SPAN // 4 * N * BD
     dx, ddt, dz = like(x, needs[0]), like(dt, needs[1]), like(z, needs[6])
-    dA, dD = float32(needs[2], rows, d, n), float32(needs[5] and D is not None, rows, d)
-    ddt_bias = float32(needs[7] and dt_bias is not None, rows, d)
-    partial = float32(needs[3] or needs[4], batch, groups, plan.blocks, l, plan.N, 2)
-    scratch = x.new_empty(rows * groups * plan.blocks * (SPAN // config.held) * plan.N * config.BD, dtype=torch.float32)
-    selective_scan_backward.launch(
-        (batch * groups * plan.blocks, plan.segments, 1),
-        (x, dt, A, B, C, D, z, dt_bias, dy, h0, *runs, saved, scratch, dh, elapsed, totals)
-        + (dx, ddt, dz, dA, partial, dD, ddt_bias, None if h0 is None else dh0),
-        (l, d, n, d // groups, plan.blocks, plan.length, plan.segments, 1, *A.stride())
-        + (*batch_and_time(x, dt), *batch_time_group(B, C), *batch_and_time(z, dy)),
-        (softplus, reverse, plan.N, config.BD, SPAN, config.held, config.stages),
-        plan.warps,
-    )
+    dA, dD = float32(needs[2], batch, plan.segments, d, n), float32(needs[5] and D is not None, batch, plan.segments, d)
+    ddt_bias = float32(needs[7] and dt_bias is not None, batch, plan.segments, d)
+    dBC = float32(needs[3] or needs[4], batch, groups, tiles * 8 * N)
+    partial = float32(dBC is not None, at_once, groups, plan.blocks, tiles * 8 * N)
+    scratch = x.new_empty(at_once * walkers * plan.segments * size, dtype=torch.float32)
+    rates, BC = pad(A, N), interleave(B, C, N, reverse)
+    for begin in range(0, batch, at_once):
+        part = slice(begin, begin + at_once)
+        # Packed sequences have one batch row, and many states.
+        own = part if sequence is None else slice(None)
+        x_, dt_, z_, dy_, BC_, saved_, elapsed_, totals_, dx_, ddt_, dz_, dA_, dD_, ddt_bias_, dBC_ = (
+            None if t is None else t[part]
+            for t in (x, dt, z, dy, BC, saved, elapsed, totals, dx, ddt, dz, dA, dD, ddt_bias, dBC)
+        )
+        h0_, dh_, dh0_ = (None if t is None else t[own] for t in (h0, dh, None if h0 is None else dh0))
+        selective_scan_backward.launch(
+            (x_.shape[0] * walkers, plan.segments, 1),
+            (x_, dt_, rates, BC_, D, z_, dt_bias, dy_, h0_, *runs, saved_, scratch, dh_, elapsed_, totals_)
+            + (dx_, ddt_, dz_, dA_, partial, dD_, ddt_bias_, dh0_),
+            (l, d, n, d // groups, plan.blocks, plan.length, plan.segments, 1)
+            + (*batch_and_time(x, dt), *batch_and_time(z, dy)),
+            (softplus, reverse, N, BD // config.repeats, config.repeats, config.channels, config.kept, SPAN),
+            config.warps,
+            config.registers,
+        )
+        if partial is not None:
+            torch.sum(partial[: x_.shape[0]], 2, out=dBC_)
     gradients = [dx, ddt, dA, None, None, dD, dz, ddt_bias]
-    if partial is not None:
-        both = partial.sum(2) if plan.blocks > 1 else partial[:, :, 0]
-        gradients[3:5] = (both[..., :n, j].transpose(1, 2) if needs[3 + j] else None for j in (0, 1))
+    if dBC is not None:
+        gradients[3:5] = (
+            t if need else None for t, need in zip(separate(dBC, config, l, n, reverse), needs[3:5], strict=True)
+        )
     for i in (2, 5, 7):
         parts = gradients[i]
-        gradients[i] = None if parts is None else parts.sum(0)
+        gradients[i] = None if parts is None else parts.sum((0, 1))
     for i in (2, 3, 4, 5, 7):
         total, t = gradients[i], inputs[i]
         if total is not None and t is not None:
             gradients[i] = t.new_empty(t.shape).copy_(total)
     return *(x.new_empty(0) if gradient is None else gradient for gradient in gradients), dh0
+
+
+def pad(tensor: Tensor, N: int) -> Tensor:
+    """The last axis in float32, with zeros up to N."""
+    return torch.nn.functional.pad(tensor.float(), (0, N - tensor.shape[-1])).contiguous()
+
+
+def interleave(B: Tensor, C: Tensor, N: int, reverse: bool) -> Tensor:
+    """B and C in scan order, (b, g, l, 2, N) in float32, with zeros up to N states and whole tiles of steps."""
+    both = torch.stack([B, C], 3).transpose(1, 2)
+    if reverse:
+        both = both.flip(2)
+    batch, groups, l, _, n = both.shape
+    wide = B.new_zeros(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
+    wide[:, :, :l, :, :n] = both
+    return wide
+
+
+def separate(dBC: Tensor, config: BackwardConfig, l: int, n: int, reverse: bool) -> tuple[Tensor, Tensor]:
+    """dB and dC, (b, l, g, n), from the order in which lanes hold them; see :func:`~.lanes.sum_channels`."""
+    channels, states = config.channels, config.states // 4
+    lanes = dBC.view(*dBC.shape[:2], -1, channels, states, 8 // channels, 4)
+    # Of 8 numbers, which stand in the axes of channels and of 8 / channels, 4 are for B and 4 for C.
+    both = lanes.permute(0, 2, 6, 1, 3, 5, 4).reshape(dBC.shape[0], -1, dBC.shape[1], 2, 4, states)[:, :l]
+    dB, dC = both.transpose(4, 5).reshape(*both.shape[:4], -1)[..., :n].unbind(3)
+    return (dB.flip(1), dC.flip(1)) if reverse else (dB, dC)

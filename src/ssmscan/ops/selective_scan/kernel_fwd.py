@@ -16,7 +16,7 @@ from ssmscan.ops._triton.activation import LOG2E
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
-from ssmscan.ops.selective_scan.configs import FORWARD
+from ssmscan.ops.selective_scan.configs import FORWARD, forward_tile
 from ssmscan.ops.selective_scan.plan import Plan, batch_time_group, cover, matrix, runs_of
 from ssmscan.ops.selective_scan.tile import (
     in_run,
@@ -99,29 +99,18 @@ def _run(
 
 
 @triton.jit
-def enter_segment(
-    h, a, elapsed, total, starts, ends, segment, segments, length, d, n, one, channels, inside, states,
-    ADJOINT: tl.constexpr,
-):  # fmt: skip
-    """Compose the summaries of the segments walked before ``segment``; elapsed and total name this batch row's first.
+def passes(starts, ends, j, segments, length, ADJOINT: tl.constexpr):
+    """Whether the j-th segment of the walk lies in one packed sequence; else it forgets what enters it.
 
-    A segment in which a packed sequence starts (ADJOINT: ends) forgets what enters it, whatever its decay: 0·NaN is
-    not 0.
+    Whatever its decay: 0·NaN is not 0.
     """
-    for j in range(segment):
-        past = tl.load(elapsed + tl.cast(j, tl.int64) * d + channels, mask=inside, other=0.0)
-        added = load_states(total + tl.cast(j, tl.int64) * d * n, channels, inside, one, states, d, n)
-        kept = tl.exp2(a * past[None, :]) * h
-        if starts is not None:
-            if ADJOINT:
-                begin = (segments - 1 - j) * length
-                passes = tl.load(ends + begin) > begin + length
-            else:
-                begin = j * length
-                passes = tl.load(starts + begin + length - 1) < begin
-            kept = tl.where(passes, kept, 0.0)
-        h = kept + added
-    return h
+    if ADJOINT:
+        begin = (segments - 1 - j) * length
+        through = tl.load(ends + begin) > begin + length
+    else:
+        begin = j * length
+        through = tl.load(starts + begin + length - 1) < begin
+    return through
 
 
 @kernel(do_not_specialize=["L", "n", "one", "length", "segments", "A_channel", "A_state"])
@@ -174,11 +163,13 @@ def selective_scan_walk(
         if h0 is not None and starts is None:
             h = load_states(h0 + batch * d * n, channels, inside, n * one, states, one, n)
         if totals is not None:
-            row = batch * segments * d
-            h = enter_segment(
-                h, a, elapsed + row, totals + row * n, starts, ends, segment, segments, length, d, n, one,
-                channels, inside, states, False,
-            )  # fmt: skip
+            # Compose the summaries of the segments walked before.
+            for j in range(segment):
+                row = (batch * segments + j) * d
+                kept = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[None, :]) * h
+                if starts is not None:
+                    kept = tl.where(passes(starts, ends, j, segments, length, False), kept, 0.0)
+                h = kept + load_states(totals + row * n, channels, inside, one, states, d, n)
     if starts is None:
         h, past = _run(
             x, dt, B, C, D, z, y, saved, h, past, a, skip, bias,
@@ -247,7 +238,8 @@ def summarise(
     groups, n = B.shape[2:]
     elapsed = x.new_empty(batch, plan.segments, d, dtype=torch.float32)
     totals = x.new_empty(batch, plan.segments, n, d, dtype=torch.float32)
-    blocks, _, _, N, warps = cover(batch, l, d, n, groups, FORWARD, 8)
+    blocks = cover(batch, l, d, groups, FORWARD, 8).blocks
+    N, warps = forward_tile(n)
     # Nothing enters after the last segment, so it needs no summary.
     selective_scan_walk.launch(
         (batch * groups * blocks, plan.segments - 1, 1),
@@ -288,14 +280,15 @@ def forward(
     B, C = matrix(B), matrix(C)
     D, dt_bias, h0 = (t if t is None else t.contiguous() for t in (D, dt_bias, h0))
     runs = runs_of(sequence, reverse)
-    plan = cover(batch, l, d, n, groups, FORWARD, 8)
+    plan = cover(batch, l, d, groups, FORWARD, 8)
+    N, warps = forward_tile(n)
     elapsed, totals = summarise(x, dt, A, B, None, dt_bias, h0, runs, softplus, reverse, False, plan)
     selective_scan_walk.launch(
         (batch * groups * plan.blocks, plan.segments, 1),
         (x, dt, A, B, C, D, z, dt_bias, h0, *runs, y, hn, saved, elapsed, totals),
         (l, d, n, d // groups, plan.blocks, plan.length, plan.segments, 1, *A.stride())
         + (*batch_and_time(x, dt), *batch_time_group(B, C), *batch_and_time(z)),
-        (softplus, reverse, False, False, plan.N, FORWARD.BD, SPAN, FORWARD.stages),
-        plan.warps,
+        (softplus, reverse, False, False, N, FORWARD.BD, SPAN, FORWARD.stages),
+        warps,
     )
     return y, hn, saved

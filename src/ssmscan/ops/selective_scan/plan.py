@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.packing import first_tokens
-from ssmscan.ops.selective_scan.configs import STATES, Config
+from ssmscan.ops.selective_scan.configs import BackwardConfig, Config
 
 # A shorter segment is not worth its summary.
 SHORTEST_SEGMENT = 64
@@ -19,11 +19,9 @@ class Plan(NamedTuple):
     blocks: int  # of BD channels, in each group
     length: int  # steps of a segment
     segments: int
-    N: int  # states of a tile, a power of two
-    warps: int
 
 
-def cover(batch: int, l: int, d: int, n: int, groups: int, config: Config, multiple: int) -> Plan:
+def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConfig, multiple: int) -> Plan:
     """Segments of a ``multiple`` of steps, and enough of them to fill the device; each but the last costs a summary."""
     blocks = -(-(d // groups) // config.BD)
     wanted = min(config.programs // (batch * groups * blocks), l // SHORTEST_SEGMENT)
@@ -31,8 +29,7 @@ def cover(batch: int, l: int, d: int, n: int, groups: int, config: Config, multi
     if wanted < 3:
         wanted = 1
     length = max(-(-l // (wanted * multiple)), 1) * multiple
-    N = max(STATES, 1 << (n - 1).bit_length())
-    return Plan(blocks, length, max(-(-l // length), 1), N, config.warps * (N // STATES))
+    return Plan(blocks, length, max(-(-l // length), 1))
 
 
 def matrix(tensor: Tensor) -> Tensor:

@@ -103,34 +103,3 @@ def step_sizes(dts, bias, t, low, high, SOFTPLUS: tl.constexpr, PACKED: tl.const
         delta = tl.where(in_run(t + i, low, high, PACKED), delta, 0.0)
         deltas = deltas + (delta,)  # type: ignore[assignment]
     return deltas
-
-
-@triton.jit
-def _exchange(p, q, ROWS: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
-    """p summed with its partner lane's where bit M of the lane is clear, q where it is set; both [ROWS, BD]."""
-    second = ((tl.arange(0, BD) & M) != 0)[None, :]
-    partner = tl.broadcast_to((tl.arange(0, 32) ^ M)[None, None, :], [ROWS, BD // 32, 32])
-    sent = tl.reshape(tl.where(second, p, q), [ROWS, BD // 32, 32])
-    return tl.where(second, q, p) + tl.reshape(tl.gather(sent, partner, 2), [ROWS, BD])
-
-
-@triton.jit
-def _fold(r, ROWS: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
-    """Half of the rows of [ROWS, BD], the first one or, in lanes whose bit M is set, the second."""
-    p, q = tl.split(tl.permute(tl.reshape(r, [2, ROWS // 2, BD]), (1, 2, 0)))
-    return _exchange(p, q, ROWS // 2, BD, M)
-
-
-@triton.jit
-def _fold16(r, BD: tl.constexpr):
-    return _fold(_fold(_fold(_fold(r, 16, BD, 16), 8, BD, 8), 4, BD, 4), 2, BD, 2)
-
-
-@triton.jit
-def sum_channels(p, q, BD: tl.constexpr):
-    """Of two [16, BD] tiles: [BD], where lanes 2j and 2j + 1 of every 32 hold the sums over them of p's and q's row j.
-
-    Each exchange between lanes halves what is left to be summed: 31 exchanges for 32 sums, where sums of one row at a
-    time would take 160.
-    """
-    return tl.reshape(_exchange(_fold16(p, BD), _fold16(q, BD), 1, BD, 1), [BD])

@@ -1,0 +1,124 @@
+"""The backward's tiles: four states of a channel in a lane, S = N / 4 lanes for a channel.
+
+A state is a tile [R, C, S, 4] of R·C channels. What has no states is a tile [R, C, 4] of four steps, each computed by
+one lane; where every lane of a channel needs a step, :func:`pick` hands it around. All this stays within a warp: a
+tile of as many lanes as a warp has takes this layout from the loads of A and of a step's B and C, in which neighbours
+are four states. Offsets whose neighbours lie together would give others, hence :func:`~.tile.vary` and ``one``.
+"""
+
+import triton
+import triton.language as tl
+
+from ssmscan.ops.selective_scan.tile import in_run
+
+
+@triton.jit
+def load_steps(pointer, step, t, low, high, channels, one, inside):
+    """Four steps from position t, [4, C, R], as they are in memory; 0 outside of the run and where not ``inside``."""
+    row = tl.arange(0, 4)
+    exists = in_run(t + row, low, high, True)
+    offsets = row.to(tl.int64)[:, None, None] * step + channels[None, :, :] * one
+    mask = exists[:, None, None] & inside[None, :, :]
+    return tl.load(pointer + tl.cast(t, tl.int64) * step + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def by_channel(tile):
+    """[4, C, R] as float32 [R, C, 4]."""
+    return tl.permute(tile, (2, 1, 0)).to(tl.float32)
+
+
+@triton.jit
+def store_steps(pointer, step, t, exists, channels, one, inside, tile):
+    """Store a [R, C, 4] tile where :func:`load_steps` would load it."""
+    row = tl.arange(0, 4).to(tl.int64)
+    offsets = row[:, None, None] * step + channels[None, :, :] * one
+    tile = tl.permute(tile, (2, 1, 0)).to(pointer.dtype.element_ty)
+    mask = exists[:, None, None] & inside[None, :, :]
+    tl.store(pointer + tl.cast(t, tl.int64) * step + offsets, tile, mask=mask)
+
+
+@triton.jit
+def pick(tile, i: tl.constexpr, S: tl.constexpr):
+    """Step i of a [R, C, 4] tile, for every state: [R, C, S, 1]."""
+    R: tl.constexpr = tile.shape[0]
+    C: tl.constexpr = tile.shape[1]
+    row = tl.gather(tile, tl.full([R, C, 4], i, tl.int32), 2)
+    if S > 4:
+        row = tl.reshape(tl.broadcast_to(row[:, :, None, :], [R, C, S // 4, 4]), [R, C, S])
+    return row[:, :, :, None]
+
+
+@triton.jit
+def load_row(pointer, exists, N: tl.constexpr, C: tl.constexpr):
+    """N numbers, one for each state, [1, C, S, 4]; 0 if not ``exists``, which is True where that is known."""
+    pointers = pointer + tl.broadcast_to(tl.arange(0, N)[None, None, :], [1, C, N])
+    if exists is True:
+        row = tl.load(pointers)
+    else:
+        row = tl.load(pointers, mask=tl.broadcast_to(exists, [1, C, N]), other=0.0)
+    return tl.reshape(row, [1, C, N // 4, 4])
+
+
+@triton.jit
+def load_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.constexpr):
+    """Something that each channel [R, C] and state has, [R, C, S, 4]; 0 outside."""
+    states = tl.arange(0, N)[None, None, :]
+    pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
+    tile = tl.load(pointers, mask=inside[:, :, None] & (states < n), other=0.0)
+    return tl.reshape(tile, [channels.shape[0], channels.shape[1], N // 4, 4])
+
+
+@triton.jit
+def store_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.constexpr, tile):
+    """Store where :func:`load_lanes` would load."""
+    states = tl.arange(0, N)[None, None, :]
+    pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
+    tile = tl.reshape(tile, [channels.shape[0], channels.shape[1], N])
+    tl.store(pointers, tile, mask=inside[:, :, None] & (states < n))
+
+
+@triton.jit
+def _exchange(p, q, M: tl.constexpr):
+    """Along the middle axis, p summed with its partner's where bit M of the index is clear, q where it is set."""
+    index = tl.arange(0, p.shape[1])
+    second = ((index & M) != 0)[None, :, None]
+    partner = tl.broadcast_to((index ^ M)[None, :, None], p.shape)
+    return tl.where(second, q, p) + tl.gather(tl.where(second, p, q), partner, 1)
+
+
+@triton.jit
+def _fold(tile, M: tl.constexpr, S: tl.constexpr):
+    """[rows, lanes, V] summed over lanes that are M apart, M / 2, to S; each time a lane keeps half of V."""
+    if M >= S:
+        V: tl.constexpr = tile.shape[2]
+        p, q = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1], 2, V // 2]), (0, 1, 3, 2)))
+        tile = _fold(_exchange(p, q, M), M // 2, S)
+    return tile
+
+
+@triton.jit
+def sum_channels(p, q, CL: tl.constexpr):
+    """Sums of two states' tiles over R and over the CL channels of a warp: [C / CL, CL·S, 8 / CL].
+
+    Of p's and q's eight numbers of a lane, lane c of the CL keeps those from c·8 / CL on. Each exchange between lanes
+    halves what is left to be summed: 7 exchanges for 8 sums, where sums of one row at a time would take 24.
+    """
+    C: tl.constexpr = p.shape[1]
+    S: tl.constexpr = p.shape[2]
+    both = tl.permute(tl.join(tl.sum(p, 0), tl.sum(q, 0)), (0, 1, 3, 2))
+    return _fold(tl.reshape(both, [C // CL, CL * S, 8]), CL * S // 2, S)
+
+
+@triton.jit
+def sum_states(r):
+    """The [R, C, 4] tile of the sums over S of 4 [R, C, S], one for each step."""
+    R: tl.constexpr = r[0].shape[0]
+    C: tl.constexpr = r[0].shape[1]
+    S: tl.constexpr = r[0].shape[2]
+    parts = ()
+    for i in tl.static_range(4):
+        part = tl.sum(tl.reshape(r[i], [R, C, S // 4, 4]), 2) if S > 4 else r[i]
+        parts = parts + (tl.permute(part, (1, 2, 0)),)  # type: ignore[assignment]
+    total = _exchange(_exchange(parts[0], parts[2], 2), _exchange(parts[1], parts[3], 2), 1)  # type: ignore[misc]
+    return tl.permute(total, (2, 0, 1))
