@@ -8,7 +8,7 @@ from ssmscan.ops.selective_scan import reference
 from ssmscan.shapes import state_dtype
 
 # Steps between two of the states that the forward saves for the backward.
-SPAN = 64
+SPAN = 96
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, "

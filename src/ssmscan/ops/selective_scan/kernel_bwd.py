@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import LOG2E, softplus
+from ssmscan.ops._triton.activation import LOG2E, sigmoid, softplus
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
@@ -36,7 +36,7 @@ from ssmscan.ops.selective_scan.lanes import (
     sum_states,
 )
 from ssmscan.ops.selective_scan.plan import cover, runs_of
-from ssmscan.ops.selective_scan.tile import LN2, in_run, sigmoid, vary
+from ssmscan.ops.selective_scan.tile import LN2, in_run, vary
 
 # Sums of dB and dC that are added at a time.
 ADDED = tl.constexpr(512)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import LOG2E
+from ssmscan.ops._triton.activation import LOG2E, sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
@@ -22,7 +22,6 @@ from ssmscan.ops.selective_scan.tile import (
     in_run,
     load_rows,
     load_states,
-    sigmoid,
     step_sizes,
     store_rows,
     store_states,

@@ -8,7 +8,7 @@ that layout from the loads of A; see :func:`load_states`.
 import triton
 import triton.language as tl
 
-from ssmscan.ops._triton.activation import LOG2E, softplus
+from ssmscan.ops._triton.activation import softplus
 from ssmscan.ops._triton.walk import glue, halves
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -78,13 +78,6 @@ def store_states(pointer, channels, inside, channel_step, states, state_step, n,
     """Store what :func:`load_states` would load."""
     pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
     tl.store(pointers, tl.trans(tile), mask=inside[:, None] & (states < n)[None, :])
-
-
-@triton.jit
-def sigmoid(v):
-    """Also the derivative of softplus."""
-    e = tl.exp2(-tl.abs(v) * LOG2E)
-    return tl.where(v < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

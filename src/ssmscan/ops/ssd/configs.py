@@ -30,7 +30,7 @@ class Config(NamedTuple):
 
 
 # By whether the products are precise, and whether y is written.
-WALK = {
+_WALK = {
     (False, True): Config(4, 2),
     (False, False): Config(4, 3),
     (True, True): Config(8, 1),
@@ -38,13 +38,27 @@ WALK = {
 }
 # By whether the products are precise, and whether there are more than 128 states, of which two stages do not fit: what
 # comes from the states, and the rest.
-GRADIENTS = {
+_GRADIENTS = {
     (False, False): (Config(8, 3), Config(4, 1)),
     (False, True): (Config(8, 1), Config(4, 1)),
     (True, False): (Config(8, 1), Config(8, 1)),
     (True, True): (Config(8, 1), Config(8, 1)),
 }
 DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def walk_config(tiles: Tiles, writes: bool) -> Config:
+    return _narrow(tiles, _WALK[tiles.precise, writes])
+
+
+def gradient_configs(tiles: Tiles) -> tuple[Config, Config]:
+    of_state, of_chunk = _GRADIENTS[tiles.precise, tiles.BN > 128]
+    return _narrow(tiles, of_state), _narrow(tiles, of_chunk)
+
+
+def _narrow(tiles: Tiles, config: Config) -> Config:
+    """Eight warps share the columns of a product in halves; Triton 3.6 reads past the operand if those are 8 wide."""
+    return config if min(tiles.BP, tiles.BN) >= 32 else config._replace(warps=4)
 
 
 def choose(x: Tensor, n: int, backward: bool) -> Tiles:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import GRADIENTS, Tiles
+from ssmscan.ops.ssd.configs import Tiles, gradient_configs
 from ssmscan.ops.ssd.kernel_steps import Flows, Steps, token_strides
 from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
 
@@ -218,7 +218,7 @@ def gradients(
     out_time = -dB.stride(2) if reverse else dB.stride(2)
     far = tiles.Q * max(abs(s[1]) for s in (of_x, of_dy, of_B, of_C, of_dx)) >= 1 << 31
     common = (l, heads, p, n, chunks, steps.sums.stride(0), *of_x[::2], *of_dy[::2])
-    of_state, of_chunk = GRADIENTS[tiles.precise, tiles.BN > 128]
+    of_state, of_chunk = gradient_configs(tiles)
     constants = (
         heads // groups, heads_at_once, shift, table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT,
         tiles.Q, tiles.BP, tiles.BN, -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN,

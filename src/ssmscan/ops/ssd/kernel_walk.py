@@ -17,7 +17,7 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import exp2, sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import WALK, Tiles, plan
+from ssmscan.ops.ssd.configs import Tiles, plan, walk_config
 from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
 from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
 
@@ -193,7 +193,7 @@ def walk(
     """
     batch, l, heads, p = u.shape
     n = v.shape[3]
-    config = WALK[tiles.precise, y is not None]
+    config = walk_config(tiles, y is not None)
     chunks = steps.delta.shape[2]
     blocks = -(-p // tiles.BP)
     length, segments = plan(batch * heads * blocks, chunks)
