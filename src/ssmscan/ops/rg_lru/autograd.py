@@ -18,6 +18,7 @@ _load = loader(
     {
         ("triton", "forward"): "kernel_fwd",
         ("triton", "backward"): "kernel_bwd",
+        ("triton", "step"): "kernel_step",
         ("cpu", "forward"): "cpu",
         ("cpu", "backward"): "cpu",
     },
@@ -105,3 +106,26 @@ define(
     _fake_backward,
 )
 differentiate("rg_lru_saving", _setup, _differentiate, "rg_lru_backward")
+
+
+def rg_lru_step(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor) -> Tensor:
+    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`chunked` for that."""
+    arguments = (x, input_gate, recurrence_gate, a_param, h)
+    if observed(x):
+        return torch.ops.ssmscan.rg_lru_step.default(*arguments)
+    return _step(*arguments)
+
+
+def _step(*arguments):
+    return _load("triton", "step")(*arguments)
+
+
+def _fake_step(x, *_):
+    return x.new_empty(x.shape)
+
+
+define(
+    "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h) -> Tensor",
+    _step,
+    _fake_step,
+)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.rg_lru import autograd, chunked, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, state_dtype
@@ -123,6 +124,8 @@ def rg_lru_step(
     _check("rg_lru_step", "b, d", x, input_gate, recurrence_gate, a_param, h)
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param)
     check_state("rg_lru_step", "h", h, "b, d", tuple(x.shape), dtype)
+    if fused("rg_lru_step", h, x, input_gate, recurrence_gate, a_param):
+        return autograd.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
     return chunked.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
 
 

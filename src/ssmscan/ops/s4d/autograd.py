@@ -12,6 +12,7 @@ _load = loader(
     {
         ("triton", "forward"): "kernel_fwd",
         ("triton", "backward"): "kernel_bwd",
+        ("triton", "step"): "kernel_step",
         ("cpu", "forward"): "cpu",
         ("cpu", "backward"): "cpu",
     },
@@ -67,3 +68,23 @@ define(
     _fake_backward,
 )
 differentiate("s4d", _setup, _differentiate, "s4d_backward")
+
+
+def s4d_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor) -> Tensor:
+    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`reference` for that."""
+    if observed(x):
+        return torch.ops.ssmscan.s4d_step.default(x, dt, A, B, C, D, h)
+    return _step(x, dt, A, B, C, D, h)
+
+
+def _step(*arguments):
+    return _load("triton", "step")(*arguments)
+
+
+def _fake_step(x, *_):
+    return x.new_empty(x.shape)
+
+
+define(
+    "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h) -> Tensor", _step, _fake_step
+)

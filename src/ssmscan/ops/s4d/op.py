@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.s4d import autograd, chunked, reference
 from ssmscan.ops.s4d.system import discretise
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -124,6 +125,8 @@ def s4d_step(
     """
     _, dtype = _check("s4d_step", "b, d", x, dt, A, B, C, D, h)
     check_state("s4d_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
+    if fused("s4d_step", h, x, dt, A, B, C, D):
+        return autograd.s4d_step(x, dt, A, B, C, D, h)
     z, B = discretise(dt, A, B, dtype)
     after, y = reference.advance(x, z.exp().to(dtype), B, C, D, h)
     h.copy_(after)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.selective_scan import autograd, chunked, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -136,7 +137,9 @@ def selective_scan_step(
     B, C = _check("selective_scan_step", "b", x, dt, A, B, C, D, z, dt_bias, h)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
     check_state("selective_scan_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
-    return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus))
+    if fused("selective_scan_step", h, x, dt, A, B, C, D, z, dt_bias):
+        return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus))
+    return reference.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus)
 
 
 def _check(

@@ -17,6 +17,7 @@ _load = loader(
     {
         ("triton", "forward"): "kernel_fwd",
         ("triton", "backward"): "kernel_bwd",
+        ("triton", "step"): "kernel_step",
         ("cpu", "forward"): "cpu",
         ("cpu", "backward"): "cpu",
     },
@@ -94,3 +95,40 @@ define(
     _fake_backward,
 )
 differentiate("ssd", _setup, _differentiate, "ssd_backward")
+
+
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h: Tensor,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> Tensor:
+    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`reference` for that."""
+    arguments = (x, dt, A, B, C, D, z, dt_bias, h, softplus, low, high)
+    if observed(x):
+        return torch.ops.ssmscan.ssd_step.default(*arguments)
+    return _step(*arguments)
+
+
+def _step(*arguments):
+    return _load("triton", "step")(*arguments)
+
+
+def _fake_step(x, *_):
+    return x.new_empty(x.shape)
+
+
+define(
+    "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor(a!) h, bool softplus, float low, float high) -> Tensor",
+    _step,
+    _fake_step,
+)

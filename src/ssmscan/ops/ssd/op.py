@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.ssd import autograd, chunked, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -150,6 +151,8 @@ def ssd_step(
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
     check_state("ssd_step", "h", h, "b, h, p, n", (*x.shape, B.shape[2]), dtype)
     low, high = map(float, dt_limit)
+    if fused("ssd_step", h, x, dt, A, B, C, D, z, dt_bias):
+        return autograd.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus), low, high)
     return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus, low, high)
 
 
