@@ -28,7 +28,7 @@ class BackwardConfig(NamedTuple):
         return max(128 // self.states, 1)
 
 
-FORWARD = Config(BD=32, warps=1, stages=3, programs=1056)
+FORWARD = Config(BD=32, warps=1, stages=3, programs=2112)
 
 
 def forward_tile(n: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ With g_t the gradient of h_t, dy the output's (times silu(z)) and e_t = exp(δ_t
 
 For each run, a stretch of at most SPAN steps between two saved states, a first pass recomputes the states and keeps
 every fourth in memory, a scratch that stays in the cache. The second pass goes back over the four steps after each of
-these, whose states and decays it holds in registers. Both load a tile of four steps while they work on another.
+these, whose states and decays it holds in registers. Both load a tile of four steps while they work on another: what
+comes from the cache waits behind what was asked of the device's memory before.
 
 Each warp leaves its sums of dB and dC in the scratch too; they are added at the end of the run, so that warps wait for
 each other only there.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.activation import LOG2E, sigmoid, softplus
+from ssmscan.ops._triton.activation import LOG2E, sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
@@ -26,10 +27,12 @@ from ssmscan.ops.selective_scan.configs import BackwardConfig, backward_config
 from ssmscan.ops.selective_scan.kernel_fwd import passes, summarise
 from ssmscan.ops.selective_scan.lanes import (
     by_channel,
+    load_channels,
     load_lanes,
-    load_row,
+    load_state_rows,
     load_steps,
     pick,
+    step_sizes,
     store_lanes,
     store_steps,
     sum_channels,
@@ -43,31 +46,23 @@ ADDED = tl.constexpr(512)
 
 
 @triton.jit
-def _step_sizes(dts, bias, exists, SOFTPLUS: tl.constexpr):
-    """The step sizes of four steps, before and after softplus; those that are not in the run are 0."""
-    raw = by_channel(dts) + bias
-    return raw, tl.where(exists[None, None, :], softplus(raw) if SOFTPLUS else raw, 0.0)
-
-
-@triton.jit
 def _again(
-    xs, dts, BC, h, a, bias, t, low, high,
+    xs, dts, bs, h, a, bias, t, low, high,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The state after the four steps from position t."""
     S: tl.constexpr = N // 4
     exists = in_run(t + tl.arange(0, 4), low, high, PACKED)
-    _, delta = _step_sizes(dts, bias, exists, SOFTPLUS)
+    _, delta = step_sizes(dts, bias, exists, SOFTPLUS)
     u = delta * by_channel(xs)
     for i in tl.static_range(4):
-        b = load_row(BC + i * 2 * N, in_run(t + i, low, high, True) if PACKED else True, N, h.shape[1])
-        h = tl.exp2(a * pick(delta, i, S)) * h + b * pick(u, i, S)
+        h = tl.exp2(a * pick(delta, i, S)) * h + bs[i] * pick(u, i, S)
     return h
 
 
 @triton.jit
 def _tile(
-    xs, dts, zs, dys, BC, D, z, dx, ddt, dz, sums, h, g, dA, dD, dbias, a, skip, bias,
+    xs, dts, zs, dys, bs, cs, D, z, dx, ddt, dz, sums, h, g, dA, dD, dbias, a, skip, bias,
     step, t, low, high, one, channels, inside,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, CL: tl.constexpr, KEPT: tl.constexpr,
     EVERY: tl.constexpr,
@@ -76,7 +71,7 @@ def _tile(
     S: tl.constexpr = N // 4
     C: tl.constexpr = h.shape[1]
     exists = in_run(t + tl.arange(0, 4), low, high, PACKED)
-    raw, delta = _step_sizes(dts, bias, exists, SOFTPLUS)
+    raw, delta = step_sizes(dts, bias, exists, SOFTPLUS)
     v = by_channel(xs)
     w = by_channel(dys)
     if z is not None:
@@ -88,12 +83,9 @@ def _tile(
     # The states before and after each step, and its decay.
     hs = (h,)
     decays = ()
-    bs = ()
     for i in tl.static_range(4):
-        b = load_row(BC + i * 2 * N, in_run(t + i, low, high, True) if PACKED else True, N, C)
         decay = tl.exp2(a * pick(delta, i, S))
-        h = decay * h + b * pick(u, i, S)
-        bs = bs + (b,)
+        h = decay * h + bs[i] * pick(u, i, S)
         decays = decays + (decay,)
         hs = hs + (h,)
     # The walk goes backward, so the steps are gathered from the front.
@@ -102,7 +94,7 @@ def _tile(
     qAs = ()
     both = ()
     for i in tl.static_range(3, -1, -1):
-        c = load_row(BC + i * 2 * N + N, in_run(t + i, low, high, True) if PACKED else True, N, C)
+        c = cs[i]
         now = pick(w, i, S)
         after = hs[i + 1]
         if z is not None:
@@ -140,8 +132,10 @@ def _tile(
         every = tl.reshape(every, [C // CL, CL * S, WIDE])
         if KEPT == 1:
             every = tl.sum(every, 0)[None, :, :]
+        # Rows of warps come second, so that each stores what it has.
         column = (tl.arange(0, CL * S) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
-        tl.store(sums + ((tl.arange(0, KEPT) * (EVERY * 2 * N))[:, None, None] + column[None, :, :]), every)
+        pointers = sums + (column[:, None, :] + (tl.arange(0, KEPT) * (EVERY * 2 * N))[None, :, None])
+        tl.store(pointers, tl.permute(every, (1, 0, 2)))
     return g, dA, dD, dbias
 
 
@@ -173,14 +167,10 @@ def selective_scan_backward(
     groups = d // per_group
     walker = tl.program_id(0)
     group = walker // blocks % groups
-    within = walker % blocks * (R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
+    own = tl.arange(0, R)[None, :] * C + tl.arange(0, C)[:, None]
+    within = walker % blocks * (R * C) + own
     inside = within < per_group
     channels = group * per_group + within
-    own = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-    # The same for the tiles of steps.
-    step_within = walker % blocks * (R * C) + tl.arange(0, R)[None, :] * C + tl.arange(0, C)[:, None]
-    step_inside = step_within < per_group
-    step_channels = group * per_group + step_within
     segment = tl.program_id(1)
     batch = (walker // (blocks * groups)).to(tl.int64)
     begin = (segments - 1 - segment) * length
@@ -216,9 +206,9 @@ def selective_scan_backward(
     skip = tl.zeros((R, C, 1), tl.float32)
     bias = tl.zeros((R, C, 1), tl.float32)
     if D is not None:
-        skip = tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+        skip = load_channels(D, channels, inside)
     if dt_bias is not None:
-        bias = tl.load(dt_bias + channels, mask=inside, other=0.0).to(tl.float32)[:, :, None]
+        bias = load_channels(dt_bias, channels, inside)
     g = tl.zeros((R, C, N // 4, 4), tl.float32)
     dA_sum = tl.zeros((R, C, N // 4, 4), tl.float32)
     dD_sum = tl.zeros((R, C, 4), tl.float32)
@@ -229,7 +219,7 @@ def selective_scan_backward(
         # Compose the summaries of the segments walked before.
         for j in range(segment):
             row = (batch * segments + j) * d
-            kept = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[:, :, None, None]) * g
+            kept = tl.exp2(a * load_channels(elapsed + row, channels, inside)[:, :, :, None]) * g
             if PACKED:
                 kept = tl.where(passes(starts, ends, j, segments, length, True), kept, 0.0)
             g = kept + load_lanes(totals + row * n, channels, inside, vary(one, j), d, n, N)
@@ -258,43 +248,48 @@ def selective_scan_backward(
         last = (high - 1) // 4 * 4
         # What one lane writes to the scratch another may read; it must not be overwritten before.
         tl.debug_barrier()
-        next_x = load_steps(x, x_step, first, low, high, step_channels, one, step_inside)
-        next_dt = load_steps(dt, dt_step, first, low, high, step_channels, one, step_inside)
+        next_x = load_steps(x, x_step, first, low, high, channels, one, inside)
+        next_dt = load_steps(dt, dt_step, first, low, high, channels, one, inside)
+        next_b = load_state_rows(BC, first, low, high, PACKED, N, C)
         for t in range(first, last + 4, 4):
             xs = next_x
             dts = next_dt
-            next_x = load_steps(x, x_step, t + 4, low, high, step_channels, one, step_inside)
-            next_dt = load_steps(dt, dt_step, t + 4, low, high, step_channels, one, step_inside)
+            bs = next_b
+            next_b = load_state_rows(BC, min(t + 4, last), low, high, PACKED, N, C)
+            next_x = load_steps(x, x_step, t + 4, low, high, channels, one, inside)
+            next_dt = load_steps(dt, dt_step, t + 4, low, high, channels, one, inside)
             store_lanes(scratch + (t - first) // 4 * SIZE, own, own >= 0, N, 1, N, N, h)
-            h = _again(
-                xs, dts, BC + tl.cast(t, tl.int64) * (2 * N), h, a, bias, t, low, high, SOFTPLUS, PACKED, N
-            )  # fmt: skip
+            h = _again(xs, dts, bs, h, a, bias, t, low, high, SOFTPLUS, PACKED, N)
         tl.debug_barrier()
-        next_x = load_steps(x, x_step, last, low, high, step_channels, one, step_inside)
-        next_dt = load_steps(dt, dt_step, last, low, high, step_channels, one, step_inside)
-        next_dy = load_steps(dy, dy_step, last, low, high, step_channels, one, step_inside)
+        next_x = load_steps(x, x_step, last, low, high, channels, one, inside)
+        next_dt = load_steps(dt, dt_step, last, low, high, channels, one, inside)
+        next_dy = load_steps(dy, dy_step, last, low, high, channels, one, inside)
         next_z = None
         if z is not None:
-            next_z = load_steps(z, direction * z_time, last, low, high, step_channels, one, step_inside)
+            next_z = load_steps(z, direction * z_time, last, low, high, channels, one, inside)
         next_h = load_lanes(scratch + (last - first) // 4 * SIZE, own, own >= 0, N, 1, N, N)
+        next_b = load_state_rows(BC, last, low, high, PACKED, N, C)
         for back in range(0, last - first + 4, 4):
             t = last - back
+            bs = next_b
+            cs = load_state_rows(BC + N, t, low, high, PACKED, N, C)
+            next_b = load_state_rows(BC, max(t - 4, first), low, high, PACKED, N, C)
             xs = next_x
             dts = next_dt
             dys = next_dy
             zs = next_z
             h = next_h
-            next_x = load_steps(x, x_step, t - 4, low, high, step_channels, one, step_inside)
-            next_dt = load_steps(dt, dt_step, t - 4, low, high, step_channels, one, step_inside)
-            next_dy = load_steps(dy, dy_step, t - 4, low, high, step_channels, one, step_inside)
+            next_x = load_steps(x, x_step, t - 4, low, high, channels, one, inside)
+            next_dt = load_steps(dt, dt_step, t - 4, low, high, channels, one, inside)
+            next_dy = load_steps(dy, dy_step, t - 4, low, high, channels, one, inside)
             if z is not None:
-                next_z = load_steps(z, direction * z_time, t - 4, low, high, step_channels, one, step_inside)
+                next_z = load_steps(z, direction * z_time, t - 4, low, high, channels, one, inside)
             next_h = load_lanes(scratch + max(t - 4 - first, 0) // 4 * SIZE, own, own >= 0, N, 1, N, N)
             to = None if sums is None else sums + (t - first) * (2 * N)
             g, dA_sum, dD_sum, dbias = _tile(
-                xs, dts, zs, dys, BC + tl.cast(t, tl.int64) * (2 * N), D, z, dx, ddt, dz, to,
+                xs, dts, zs, dys, bs, cs, D, z, dx, ddt, dz, to,
                 h, g, dA_sum, dD_sum, dbias, a, skip, bias,
-                direction * d, t, low, high, one, step_channels, step_inside,
+                direction * d, t, low, high, one, channels, inside,
                 SOFTPLUS, PACKED, N, CL, KEPT, EVERY,
             )  # fmt: skip
         if partial is not None:
@@ -312,9 +307,9 @@ def selective_scan_backward(
     if dA is not None:
         store_lanes(dA + row * d * n, channels, inside, n * one, one, n, N, dA_sum)
     if dD is not None:
-        tl.store(dD + row * d + channels, tl.sum(dD_sum, 2), mask=inside)
+        tl.store(dD + row * d + channels, tl.trans(tl.sum(dD_sum, 2)), mask=inside)
     if ddt_bias is not None:
-        tl.store(ddt_bias + row * d + channels, tl.sum(dbias, 2), mask=inside)
+        tl.store(ddt_bias + row * d + channels, tl.trans(tl.sum(dbias, 2)), mask=inside)
 
 
 def backward(
@@ -357,6 +352,7 @@ def backward(
     N, BD = config.states, config.BD
     plan = cover(batch, l, d, groups, config, SPAN)
     runs = runs_of(sequence, reverse)
+    rates, BC = rates_of(A, N), interleave(B, C, N, reverse)
     elapsed, totals = summarise(dy, dt, A, C, z, dt_bias, dh, runs, softplus, reverse, True, plan)
 
     def float32(need: bool, *shape: int) -> Tensor | None:
@@ -375,7 +371,6 @@ def backward(
     dBC = float32(needs[3] or needs[4], batch, groups, tiles * 8 * N)
     partial = float32(dBC is not None, at_once, groups, plan.blocks, tiles * 8 * N)
     scratch = x.new_empty(at_once * walkers * plan.segments * size, dtype=torch.float32)
-    rates, BC = pad(A, N), interleave(B, C, N, reverse)
     for begin in range(0, batch, at_once):
         part = slice(begin, begin + at_once)
         # Packed sequences have one batch row, and many states.
@@ -412,19 +407,19 @@ def backward(
     return *(x.new_empty(0) if gradient is None else gradient for gradient in gradients), dh0
 
 
-def pad(tensor: Tensor, N: int) -> Tensor:
-    """The last axis in float32, with zeros up to N."""
-    return torch.nn.functional.pad(tensor.float(), (0, N - tensor.shape[-1])).contiguous()
+def rates_of(A: Tensor, N: int) -> Tensor:
+    """A in float32, (d, N), with zeros up to N states."""
+    return torch.nn.functional.pad(A.float(), (0, N - A.shape[1])).contiguous()
 
 
 def interleave(B: Tensor, C: Tensor, N: int, reverse: bool) -> Tensor:
-    """B and C in scan order, (b, g, l, 2, N) in float32, with zeros up to N states and whole tiles of steps."""
-    both = torch.stack([B, C], 3).transpose(1, 2)
-    if reverse:
-        both = both.flip(2)
-    batch, groups, l, _, n = both.shape
-    wide = B.new_zeros(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
-    wide[:, :, :l, :, :n] = both
+    """B and C in scan order, (b, g, l, 2, N) in float32, with zeros up to N states and whole tiles of four steps."""
+    batch, l, groups, n = B.shape
+    wide = B.new_empty(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
+    if n < N or l % 4 != 0:
+        wide.zero_()
+    for i, rows in enumerate((B, C)):
+        wide[:, :, :l, i, :n] = (rows.flip(1) if reverse else rows).transpose(1, 2)
     return wide
 
 

@@ -1,14 +1,16 @@
-"""The backward's tiles: four states of a channel in a lane, S = N / 4 lanes for a channel.
+"""The tiles of the backward: four states of a channel in a lane, S = N / 4 lanes for a channel.
 
 A state is a tile [R, C, S, 4] of R·C channels. What has no states is a tile [R, C, 4] of four steps, each computed by
 one lane; where every lane of a channel needs a step, :func:`pick` hands it around. All this stays within a warp: a
 tile of as many lanes as a warp has takes this layout from the loads of A and of a step's B and C, in which neighbours
-are four states. Offsets whose neighbours lie together would give others, hence :func:`~.tile.vary` and ``one``.
+are four states. Offsets whose neighbours lie together would give others, hence ``one``, and
+:func:`~.tile.vary`.
 """
 
 import triton
 import triton.language as tl
 
+from ssmscan.ops._triton.activation import softplus
 from ssmscan.ops.selective_scan.tile import in_run
 
 
@@ -26,6 +28,13 @@ def load_steps(pointer, step, t, low, high, channels, one, inside):
 def by_channel(tile):
     """[4, C, R] as float32 [R, C, 4]."""
     return tl.permute(tile, (2, 1, 0)).to(tl.float32)
+
+
+@triton.jit
+def step_sizes(dts, bias, exists, SOFTPLUS: tl.constexpr):
+    """The step sizes of four steps, [R, C, 4], before and after softplus; those that do not exist are 0."""
+    raw = by_channel(dts) + bias
+    return raw, tl.where(exists[None, None, :], softplus(raw) if SOFTPLUS else raw, 0.0)
 
 
 @triton.jit
@@ -50,23 +59,33 @@ def pick(tile, i: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def load_row(pointer, exists, N: tl.constexpr, C: tl.constexpr):
-    """N numbers, one for each state, [1, C, S, 4]; 0 if not ``exists``, which is True where that is known."""
-    pointers = pointer + tl.broadcast_to(tl.arange(0, N)[None, None, :], [1, C, N])
-    if exists is True:
-        row = tl.load(pointers)
-    else:
-        row = tl.load(pointers, mask=tl.broadcast_to(exists, [1, C, N]), other=0.0)
-    return tl.reshape(row, [1, C, N // 4, 4])
+def load_state_rows(BC, t, low, high, PACKED: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """The rows of B, or C, of four steps from position t, each [1, C, S, 4]; 0 for those that are not in the run."""
+    pointers = BC + tl.cast(t, tl.int64) * (2 * N) + tl.broadcast_to(tl.arange(0, N)[None, None, :], [1, C, N])
+    rows = ()
+    for i in tl.static_range(4):
+        if PACKED:
+            exists = tl.broadcast_to(in_run(t + i, low, high, True), [1, C, N])
+            row = tl.load(pointers + i * 2 * N, mask=exists, other=0.0)
+        else:
+            row = tl.load(pointers + i * 2 * N)
+        rows = rows + (tl.reshape(row, [1, C, N // 4, 4]),)
+    return rows
+
+
+@triton.jit
+def load_channels(pointer, channels, inside):
+    """Something that each channel [C, R] has, as float32 [R, C, 1]; 0 outside."""
+    return tl.trans(tl.load(pointer + channels, mask=inside, other=0.0).to(tl.float32))[:, :, None]
 
 
 @triton.jit
 def load_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.constexpr):
-    """Something that each channel [R, C] and state has, [R, C, S, 4]; 0 outside."""
+    """Something that each channel [C, R] and state has, as float32 [R, C, S, 4]; 0 outside."""
     states = tl.arange(0, N)[None, None, :]
     pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
-    tile = tl.load(pointers, mask=inside[:, :, None] & (states < n), other=0.0)
-    return tl.reshape(tile, [channels.shape[0], channels.shape[1], N // 4, 4])
+    tile = tl.load(pointers, mask=inside[:, :, None] & (states < n), other=0.0).to(tl.float32)
+    return tl.reshape(tl.permute(tile, (1, 0, 2)), [channels.shape[1], channels.shape[0], N // 4, 4])
 
 
 @triton.jit
@@ -74,7 +93,7 @@ def store_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.co
     """Store where :func:`load_lanes` would load."""
     states = tl.arange(0, N)[None, None, :]
     pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
-    tile = tl.reshape(tile, [channels.shape[0], channels.shape[1], N])
+    tile = tl.permute(tl.reshape(tile, [channels.shape[1], channels.shape[0], N]), (1, 0, 2))
     tl.store(pointers, tile, mask=inside[:, :, None] & (states < n))
 
 
