@@ -128,13 +128,18 @@ def scan_gradients(
                 dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],
                 dDs[part] if by_head else None, tiles, options, reverse,
             )  # fmt: skip
+        # Not while the sums are made.
+        del states, adjoints
     dA, dD, dbias = (_sum(parts, (0, 1), like) for parts, like in ((dAs, A), (dDs, D), (dbiases, dt_bias)))
     return ddt, dA, _sum(dBs, (0,), B), _sum(dCs, (0,), C), dD, dbias
 
 
 def _sum(parts: Tensor, axes: tuple[int, ...], like: Tensor | None) -> Tensor:
     """In a fixed order, so always the same."""
-    return parts.new_empty(0) if like is None else like.new_empty(like.shape).copy_(parts.sum(axes))
+    if like is None:
+        return parts.new_empty(0)
+    total = parts[0] if axes == (0,) and parts.shape[0] == 1 else parts.sum(axes)
+    return like.new_empty(like.shape).copy_(total)
 
 
 def gate(dy: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:

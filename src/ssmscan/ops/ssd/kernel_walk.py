@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import exp2, sigmoid
+from ssmscan.ops._triton.fetch import fetch
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, plan, walk_config
@@ -103,6 +104,10 @@ def ssd_walk(
     end = min(begin + length, chunks)
     for i in tl.range(0, end - begin, num_stages=STAGES):
         chunk = end - 1 - i if ADJOINT else begin + i
+        if table is None:
+            ahead = max(chunk - STAGES, begin) if ADJOINT else min(chunk + STAGES, end - 1)
+            token = tl.minimum(tl.cast(ahead, tl.int64) * Q + q, L - 1)
+            fetch(u, token * u_time, tl.program_id(0) % blocks * BP, P, BP)
         first, count = place(table, chunk, chunks, L, Q)
         exists = True if WHOLE else q < count
         if SHIFT and ADJOINT:
