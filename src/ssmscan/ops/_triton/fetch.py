@@ -14,7 +14,7 @@ _INTERPRET = tl.constexpr(INTERPRET)
 
 @triton.jit
 def fetch(pointer, rows, first, SIZE, WIDTH: tl.constexpr):
-    """Ask for the elements from ``first`` on, WIDTH of them but none from SIZE on, of each row at ``pointer + rows``."""
+    """Ask for the elements from ``first`` to WIDTH further, none from SIZE on, of each row at ``pointer + rows``."""
     LINE: tl.constexpr = 1024 // pointer.dtype.element_ty.primitive_bitwidth
     COLUMNS: tl.constexpr = (WIDTH + LINE - 1) // LINE
     columns = tl.minimum(first + tl.arange(0, COLUMNS) * LINE, SIZE - 1)

@@ -69,7 +69,7 @@ def load_state_rows(BC, t, low, high, PACKED: tl.constexpr, N: tl.constexpr, C: 
             row = tl.load(pointers + i * 2 * N, mask=exists, other=0.0)
         else:
             row = tl.load(pointers + i * 2 * N)
-        rows = rows + (tl.reshape(row, [1, C, N // 4, 4]),)
+        rows = rows + (tl.reshape(row, [1, C, N // 4, 4]),)  # type: ignore[assignment]
     return rows
 
 
