@@ -49,8 +49,12 @@ def _tile(
         zs = load_rows(z + position * z_step, row * z_step, exists, channels, inside)
     deltas = step_sizes(dts, bias, t, low, high, SOFTPLUS, PACKED)
     ys = ()
+    # A step's exponentials stand before the one that waits for the last step's: the compiler keeps this order.
+    soon = tl.exp2(a * deltas[7 if ADJOINT else 0][None, :])
     for i in tl.static_range(7 if ADJOINT else 0, -1 if ADJOINT else 8, -1 if ADJOINT else 1):
-        decay = tl.exp2(a * deltas[i][None, :])
+        decay = soon
+        if i != (0 if ADJOINT else 7):
+            soon = tl.exp2(a * deltas[i - 1 if ADJOINT else i + 1][None, :])
         u = xs[i].to(tl.float32)
         if ADJOINT:
             if z is not None:
