@@ -6,10 +6,6 @@ scan only starts at the other end and takes negative steps.
 
 With too few walkers to fill the device the sequence is cut into segments. A first launch summarises each segment as
 h -> P·h + S, and each walker composes the summaries of the segments before its own, always in the same order.
-
-Where a step takes much arithmetic, one warp for 32 channels cannot issue it as fast as memory delivers. Then a tile has
-several bands of 16 steps, laid side by side: 16 rows of BANDS·BD lanes, each band in warps of its own. A band is
-summarised as a segment is, and the summaries are exchanged once a tile.
 """
 
 from typing import NamedTuple, overload
@@ -36,13 +32,13 @@ class Plan(NamedTuple):
     segments: int
 
 
-def plan(batch: int, l: int, d: int, BD: int, warps: int, rows: int = ROWS) -> Plan:
-    """Segments long enough to be worth their summary, and enough of them to fill the device; tiles have ``rows``."""
+def plan(batch: int, l: int, d: int, BD: int, warps: int) -> Plan:
+    """Segments long enough to be worth their summary, and enough of them to fill the device."""
     blocks = -(-d // BD)
     wanted = max(WARPS // (batch * blocks * warps), 1)
     if wanted > 1 and l < wanted * SHORT_SEGMENT:
         wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
-    length = max(-(-l // (wanted * rows)), 1) * rows
+    length = max(-(-l // (wanted * ROWS)), 1) * ROWS
     return Plan(blocks, length, max(-(-l // length), 1))
 
 
@@ -86,7 +82,10 @@ def rows(tile, BD: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offset, exists, channels, D, OTHER: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+def load_tile(
+    pointer, offset, exists, channels, D, OTHER: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
+):
+    """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16])."""
     pointers = pointer + (offset[:, None] + channels[None, :])
     if not WHOLE:
         tile = tl.load(pointers, mask=exists[:, None] & (channels < D)[None, :], other=OTHER)
@@ -94,26 +93,7 @@ def _load(pointer, offset, exists, channels, D, OTHER: tl.constexpr, EVEN: tl.co
         tile = tl.load(pointers)
     else:
         tile = tl.load(pointers, mask=(channels < D)[None, :], other=OTHER)
-    return tile
-
-
-@triton.jit
-def load_tile(
-    pointer, offset, exists, channels, D, OTHER: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
-):
-    """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16])."""
-    return rows(_load(pointer, offset, exists, channels, D, OTHER, EVEN, WHOLE), BD)
-
-
-@triton.jit
-def load_bands(
-    pointer, offset, exists, channels, D, OTHER: tl.constexpr,
-    BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """As :func:`load_tile` for 16·BANDS rows, in 16 rows of BANDS·BD lanes."""
-    tile = _load(pointer, offset, exists, channels, D, OTHER, EVEN, WHOLE)
-    tile = tl.permute(tl.reshape(tile, [BANDS, 16, BD]), (1, 0, 2))
-    return rows(tl.reshape(tile, [16, BANDS * BD]), BANDS * BD)
+    return rows(tile, BD)
 
 
 @triton.jit
@@ -130,33 +110,16 @@ def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, offset, exists, tile, channels, D, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
     pointers = pointer + (offset[:, None] + channels[None, :])
-    tile = tile.to(pointer.dtype.element_ty)
+    tile = tl.trans(glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
     if not WHOLE:
         tl.store(pointers, tile, mask=exists[:, None] & (channels < D)[None, :])
     elif EVEN:
         tl.store(pointers, tile)
     else:
         tl.store(pointers, tile, mask=(channels < D)[None, :])
-
-
-@triton.jit
-def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
-    """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
-    tile = tl.trans(glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16))
-    _store(pointer, offset, exists, tile, channels, D, EVEN, WHOLE)
-
-
-@triton.jit
-def store_bands(
-    pointer, offset, exists, values, channels, D,
-    BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Store 16 rows of lanes, a tuple in order, where :func:`load_bands` would load them."""
-    tile = glue(_glue8(values, 0, BANDS * BD), _glue8(values, 8, BANDS * BD), BANDS * BD, 16)
-    tile = tl.permute(tl.reshape(tile, [BANDS, BD, 16]), (0, 2, 1))
-    _store(pointer, offset, exists, tl.reshape(tile, [BANDS * 16, BD]), channels, D, EVEN, WHOLE)
 
 
 @triton.jit
@@ -191,60 +154,6 @@ def gather_states(states, owner, flags, flag_bits, channels, D, BD: tl.constexpr
         z = tl.zeros((BD,), states.dtype.element_ty)
         found = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
     return found
-
-
-@triton.jit
-def band_bits(flags, BANDS: tl.constexpr):
-    """16·BANDS flags, at most 64, as the bits of one number."""
-    return tl.sum(tl.where(flags, tl.full((), 1, tl.int64) << tl.arange(0, 16 * BANDS), 0), 0)
-
-
-@triton.jit
-def gather_bands(states, owner, flags, flag_bits, channels, D, BD: tl.constexpr, BANDS: tl.constexpr):
-    """As :func:`gather_states` for 16·BANDS rows, in 16 rows of BANDS·BD lanes."""
-    if flag_bits != 0:
-        found = load_bands(states, owner * D, flags, channels, D, 0.0, BD, BANDS, False, False)
-    else:
-        z = tl.zeros((BANDS * BD,), states.dtype.element_ty)
-        found = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
-    return found
-
-
-@triton.jit
-def _per_band(lanes, BD: tl.constexpr, BANDS: tl.constexpr):
-    """[BANDS·BD, 2] pairs in lanes, as a tuple of a pair of [BD] vectors for each of 2 or 4 bands."""
-    pairs = tl.reshape(tl.permute(tl.reshape(lanes, [BANDS, BD, 2]), (1, 0, 2)), [BD, 2 * BANDS])
-    if BANDS == 2:
-        a, b = halves(pairs, BD, 4)
-        parts = (tl.split(a), tl.split(b))
-    else:
-        left, right = halves(pairs, BD, 8)
-        a, b = halves(left, BD, 4)
-        c, d = halves(right, BD, 4)
-        parts = (tl.split(a), tl.split(b), tl.split(c), tl.split(d))
-    return parts
-
-
-@triton.jit
-def enter_bands(
-    h, product, band_product, band_total, forget, BD: tl.constexpr, BANDS: tl.constexpr, BACKWARD: tl.constexpr
-):
-    """Chain the bands' summaries h -> P·h + S: the state that enters each lane's band; h and product after the last.
-
-    ``forget`` has 16 bits for each band: where one is set, nothing that enters the band leaves it, not even NaN.
-    """
-    parts = _per_band(tl.join(band_product, band_total), BD, BANDS)
-    band = tl.arange(0, BANDS)[:, None]
-    entering = tl.zeros((BANDS, BD), tl.float32)
-    for j in tl.static_range(BANDS - 1 if BACKWARD else 0, -1 if BACKWARD else BANDS, -1 if BACKWARD else 1):
-        entering = tl.where(band == j, h[None, :], entering)
-        p, s = parts[j]
-        if forget is None:
-            h = tl.fma(p, h, s)
-        else:
-            h = tl.where((forget >> (16 * j)) & 0xFFFF != 0, 0.0, p * h) + s
-        product *= p
-    return tl.reshape(entering, [BANDS * BD]), h, product
 
 
 @triton.jit

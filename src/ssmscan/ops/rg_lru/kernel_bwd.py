@@ -8,8 +8,7 @@ s = √(1 − a²) and rate = 8·softplus(Λ):
     dΛ = −8·σ(Λ)·Σ d(log a)·r
 
 1/s is bounded by 1000. Each program sums its part of dΛ; the parts are added after it in a fixed order. The states of
-16 steps are recomputed in registers from the one that the forward saved before them, after g: then little of a step has
-to be kept in registers until the walk the other way.
+16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
 import torch
@@ -20,17 +19,15 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
-    ROWS,
-    band_bits,
     batch_and_time,
+    bits,
     channels_last,
     edges,
-    enter_bands,
     enter_segment,
-    gather_bands,
-    load_bands,
+    gather_states,
+    load_tile,
     plan,
-    store_bands,
+    store_tile,
 )
 from ssmscan.ops.rg_lru.configs import BACKWARD
 from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
@@ -39,105 +36,100 @@ from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
 @triton.jit
 def _tile(
     x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
-    x_step, i_step, r_step, dy_step, direction, t, L, channels, columns, D,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    x_step, i_step, r_step, dy_step, direction, t, L, channels, D,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over the 16·BANDS steps from position t, which all exist if WHOLE.
+    """Walk back over the 16 steps from position t, which all exist if WHOLE.
 
     A SUMMARY tracks g and a's product; the walk itself adds Σ d(log a)·r to ``slope``.
     """
     t = tl.cast(t, tl.int64)
-    row = tl.arange(0, 16 * BANDS).to(tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
     # A closed gate keeps the state.
-    grs = load_bands(
-        recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, BANDS, EVEN, WHOLE
+    grs = load_tile(
+        recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
-    dys = load_bands(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, BANDS, EVEN, WHOLE)
-    band = tl.arange(0, BANDS * BD) // BD
-    last = None
+    dys = load_tile(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
         ends = edges(sequence, t, row, direction, L, True)
-        first = band_bits(starts, BANDS)
-        last = band_bits(ends, BANDS)
-        started = first >> (16 * band)
-        ended = last >> (16 * band)
+        first = bits(starts)
+        last = bits(ends)
         if dh is not None:
-            final = gather_bands(dh, owner, ends, last, channels, D, BD, BANDS)
+            final = gather_states(dh, owner, ends, last, channels, D, BD)
+    # The open gates, the decay a, the gain √(1 − a²), and how fast that falls with log a, bounded: a²/gain.
     rs = ()
     decays = ()
+    gains = ()
+    falls = ()
     for i in tl.static_range(16):
         r = sigmoid(grs[i].to(tl.float32))
-        a, _, _ = decay_and_gain(r, rate)
+        a, gain, inverse = decay_and_gain(r, rate)
         rs = rs + (r,)
         decays = decays + (a,)
-    # Every band walks from the gradient 0, which tells what it makes of the one that enters it.
-    band_product = tl.full((BANDS * BD,), 1.0, tl.float32)
-    total = tl.zeros((BANDS * BD,), tl.float32)
-    for i in tl.static_range(15, -1, -1):
-        if sequence is not None:
-            there = (ended >> i) & 1 != 0
-            total = tl.where(there, 0.0 if dh is None else final[i].to(tl.float32), total)
-            band_product = tl.where(there, 0.0, band_product)
-        total = (total + dys[i].to(tl.float32)) * decays[i]
-        band_product *= decays[i]
-    entering, g, product = enter_bands(g, product, band_product, total, last, BD, BANDS, True)
+        gains = gains + (gain,)
+        falls = falls + (a * a * tl.minimum(inverse, 1000.0),)
     if not SUMMARY:
-        # The walk goes backward, so the rows are gathered from the front.
-        gs = ()
-        leaving = ()
-        for i in tl.static_range(15, -1, -1):
-            if sequence is not None:
-                there = (ended >> i) & 1 != 0
-                entering = tl.where(there, 0.0 if dh is None else final[i].to(tl.float32), entering)
-            entering += dys[i].to(tl.float32)
-            gs = (entering,) + gs
-            entering *= decays[i]
-            leaving = (entering,) + leaving
-        xs = load_bands(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, BANDS, EVEN, WHOLE)
-        gis = load_bands(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, BANDS, EVEN, WHOLE)
+        xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
-            initial = gather_bands(h0, owner, starts, first, channels, D, BD, BANDS)
-        inside = columns < D
-        if not WHOLE:
-            inside &= t + 16 * band < L
-        h = tl.load(states + (t // 16 + band) * D + columns, mask=inside, other=0.0)
-        # The states once more, in the order of the scan, and the gradients of each step while all it takes is at hand.
-        dxs = ()
-        dis = ()
-        drs = ()
-        part = tl.zeros((BANDS * BD,), tl.float32)
+            entering = gather_states(h0, owner, starts, first, channels, D, BD)
+        # The decayed states that each step adds to.
+        h = tl.load(states + t // 16 * D + channels, mask=channels < D, other=0.0)
+        opens = ()
+        decayed = ()
         for i in tl.static_range(16):
             if sequence is not None:
-                h = tl.where((started >> i) & 1 != 0, initial[i].to(tl.float32), h)
-            a, gain, inverse = decay_and_gain(rs[i], rate)
+                h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
+            h *= decays[i]
+            decayed = decayed + (h,)
             opened = sigmoid(gis[i].to(tl.float32))
+            opens = opens + (opened,)
+            h += gains[i] * (opened * xs[i].to(tl.float32))
+    # The walk goes backward, so the rows are gathered from the front.
+    dxs = ()
+    dis = ()
+    drs = ()
+    gs = ()
+    total = tl.zeros((BD,), tl.float32)
+    for i in tl.static_range(15, -1, -1):
+        if sequence is not None:
+            ended = (last >> i) & 1 != 0
+            if dh is None:
+                g = tl.where(ended, 0.0, g)
+            else:
+                g = tl.where(ended, final[i].to(tl.float32), g)
+            product = tl.where(ended, 0.0, product)
+        g += dys[i].to(tl.float32)
+        if not SUMMARY:
             v = xs[i].to(tl.float32)
-            u = opened * v
-            h *= a
-            du = gs[i] * gain * opened
-            # The gain falls with log a as a²/gain, bounded.
-            slowing = gs[i] * (h - u * (a * a * tl.minimum(inverse, 1000.0))) * rs[i]
-            h += gain * u
-            part += slowing
-            dxs = dxs + (du,)
-            dis = dis + (du * (v - u),)
-            drs = drs + (slowing * (rate * rs[i] - rate),)
-        slope += part
-        step = direction * D
-        if dx is not None:
-            store_bands(dx + t * step, row * step, exists, dxs, channels, D, BD, BANDS, EVEN, WHOLE)
-        if di is not None:
-            store_bands(di + t * step, row * step, exists, dis, channels, D, BD, BANDS, EVEN, WHOLE)
-        if dr is not None:
-            store_bands(dr + t * step, row * step, exists, drs, channels, D, BD, BANDS, EVEN, WHOLE)
-        # Two conditions, not one: the first is settled at compile time.
-        if dh0 is not None and sequence is not None:  # noqa: SIM102
-            if first != 0:
-                store_bands(dh0, owner * D, starts, leaving, channels, D, BD, BANDS, False, False)
-    return g, product, slope
+            u = opens[i] * v
+            du = g * gains[i] * opens[i]
+            slowing = g * (decayed[i] - u * falls[i]) * rs[i]
+            total += slowing
+            if dx is not None:
+                dxs = (du,) + dxs
+            if di is not None:
+                dis = (du * (v - u),) + dis
+            if dr is not None:
+                drs = (slowing * (rate * rs[i] - rate),) + drs
+        g *= decays[i]
+        gs = (g,) + gs
+        product *= decays[i]
+    step = direction * D
+    if dx is not None:
+        store_tile(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
+    if di is not None:
+        store_tile(di + t * step, row * step, exists, dis, channels, D, BD, EVEN, WHOLE)
+    if dr is not None:
+        store_tile(dr + t * step, row * step, exists, drs, channels, D, BD, EVEN, WHOLE)
+    # Two conditions, not one: the first is settled at compile time.
+    if dh0 is not None and sequence is not None:  # noqa: SIM102
+        if first != 0:
+            store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
+    return g, product, slope + total
 
 
 @kernel(do_not_specialize=["L", "blocks", "length", "segments", "direction"])
@@ -146,18 +138,17 @@ def rg_lru_backward(
     dx, di, dr, slopes, dh, dh0, products, totals,
     L, D, blocks, length, segments, direction,
     x_batch, x_time, i_batch, i_time, r_batch, r_time, dy_batch, dy_time,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
     # The batch may exceed what the other axes of a grid can count.
     channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    columns = tl.program_id(0) % blocks * BD + tl.arange(0, BANDS * BD) % BD
     inside = channels < D
     segment = tl.program_id(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = (segments - 1 - segment) * length
     end = min(begin + length, L)
-    whole = begin + (end - begin) // (16 * BANDS) * (16 * BANDS)
+    whole = begin + (end - begin) // 16 * 16
     summary_row = batch * segments * D
 
     origin = tl.where(direction < 0, L - 1, 0).to(tl.int64)
@@ -177,9 +168,9 @@ def rg_lru_backward(
     if states is not None:
         states += batch * tl.cdiv(L, 16) * D
 
-    rate = open_gate_rate(a_param, columns, D)
+    rate = open_gate_rate(a_param, channels, D)
     g = tl.zeros((BD,), tl.float32)
-    slope = tl.zeros((BANDS * BD,), tl.float32)
+    slope = tl.zeros((BD,), tl.float32)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if dh is not None and sequence is None:
@@ -193,13 +184,13 @@ def rg_lru_backward(
         g, product, slope = _tile(
             x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
             direction * x_time, direction * i_time, direction * r_time, direction * dy_time, direction,
-            whole, L, channels, columns, D, SUMMARY, BD, BANDS, EVEN, False,
+            whole, L, channels, D, SUMMARY, BD, EVEN, False,
         )  # fmt: skip
-    for done in tl.range(0, whole - begin, 16 * BANDS, num_stages=STAGES):
+    for done in tl.range(0, whole - begin, 16, num_stages=STAGES):
         g, product, slope = _tile(
             x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
             direction * x_time, direction * i_time, direction * r_time, direction * dy_time, direction,
-            whole - 16 * BANDS - done, L, channels, columns, D, SUMMARY, BD, BANDS, EVEN, True,
+            whole - 16 - done, L, channels, D, SUMMARY, BD, EVEN, True,
         )  # fmt: skip
 
     row = summary_row + segment.to(tl.int64) * D + channels
@@ -209,7 +200,7 @@ def rg_lru_backward(
     elif dh0 is not None and sequence is None:
         tl.store(dh0 + batch * D + channels, g, mask=inside & (begin == 0))
     if slopes is not None:
-        tl.store(slopes + row, tl.sum(tl.reshape(slope, [BANDS, BD]), 0), mask=inside)
+        tl.store(slopes + row, slope, mask=inside)
 
 
 def backward(
@@ -241,12 +232,12 @@ def backward(
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.BD // 32, ROWS * config.bands)
+    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     integers = (
         *(l, d, blocks, length, segments, -1 if reverse else 1),
         *batch_and_time(x, input_gate, recurrence_gate, dy),
     )
-    constants = (config.BD, config.bands, d % config.BD == 0, config.stages)
+    constants = (config.BD, d % config.BD == 0, config.stages)
     inputs = (x, input_gate, recurrence_gate, parameter, dy, h0, sequence)
     products = totals = None
     if segments > 1:

@@ -9,16 +9,15 @@ from ssmscan.ops._triton.activation import exp, sigmoid, softplus
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     ROWS,
-    band_bits,
     batch_and_time,
+    bits,
     channels_last,
     edges,
-    enter_bands,
     enter_segment,
-    gather_bands,
-    load_bands,
+    gather_states,
+    load_tile,
     plan,
-    store_bands,
+    store_tile,
 )
 from ssmscan.ops.rg_lru.configs import FORWARD
 
@@ -44,62 +43,42 @@ def decay_and_gain(gate, rate):
 @triton.jit
 def _tile(
     x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
-    x_step, i_step, r_step, direction, t, L, channels, columns, D,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    x_step, i_step, r_step, direction, t, L, channels, D,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the 16·BANDS steps from position t, which all exist if WHOLE. A SUMMARY only tracks a's product and h."""
+    """Walk the 16 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
     t = tl.cast(t, tl.int64)
-    row = tl.arange(0, 16 * BANDS).to(tl.int64)
+    row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
-    xs = load_bands(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, BANDS, EVEN, WHOLE)
-    gis = load_bands(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, BANDS, EVEN, WHOLE)
+    if states is not None:
+        tl.store(states + t // 16 * D + channels, h, mask=channels < D)
+    xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     # A closed gate keeps the state.
-    grs = load_bands(
-        recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, BANDS, EVEN, WHOLE
+    grs = load_tile(
+        recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
-    band = tl.arange(0, BANDS * BD) // BD
-    first = None
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
-        first = band_bits(starts, BANDS)
-        here = first >> (16 * band)
-        initial = gather_bands(h0, owner, starts, first, channels, D, BD, BANDS)
-    # Every band walks from the state 0, which tells what it makes of the one that enters it.
-    decays = ()
-    inputs = ()
-    band_product = tl.full((BANDS * BD,), 1.0, tl.float32)
-    total = tl.zeros((BANDS * BD,), tl.float32)
+        first = bits(starts)
+        entering = gather_states(h0, owner, starts, first, channels, D, BD)
+    hs = ()
     for i in tl.static_range(16):
         if sequence is not None:
-            started = (here >> i) & 1 != 0
-            total = tl.where(started, initial[i].to(tl.float32), total)
-            band_product = tl.where(started, 0.0, band_product)
+            h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
+            product = tl.where((first >> i) & 1 != 0, 0.0, product)
         a, gain, _ = decay_and_gain(sigmoid(grs[i].to(tl.float32)), rate)
-        u = gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
-        total = tl.fma(a, total, u)
-        band_product *= a
-        decays = decays + (a,)
-        inputs = inputs + (u,)
-    state, h, product = enter_bands(h, product, band_product, total, first, BD, BANDS, False)
+        h = a * h + gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
+        product *= a
+        hs = hs + (h,)
     if not SUMMARY:
-        if states is not None:
-            inside = columns < D
-            if not WHOLE:
-                inside &= t + 16 * band < L
-            tl.store(states + (t // 16 + band) * D + columns, state, mask=inside)
-        hs = ()
-        for i in tl.static_range(16):
-            if sequence is not None:
-                state = tl.where((here >> i) & 1 != 0, initial[i].to(tl.float32), state)
-            state = tl.fma(decays[i], state, inputs[i])
-            hs = hs + (state,)
         step = direction * D
-        store_bands(y + t * step, row * step, exists, hs, channels, D, BD, BANDS, EVEN, WHOLE)
+        store_tile(y + t * step, row * step, exists, hs, channels, D, BD, EVEN, WHOLE)
         if sequence is not None:
             ends = edges(sequence, t, row, direction, L, True)
-            if band_bits(ends, BANDS) != 0:
-                store_bands(hn, owner * D, ends, hs, channels, D, BD, BANDS, False, False)
+            if bits(ends) != 0:
+                store_tile(hn, owner * D, ends, hs, channels, D, BD, False, False)
     return h, product
 
 
@@ -108,18 +87,17 @@ def rg_lru_forward(
     x, input_gate, recurrence_gate, a_param, h0, sequence, y, hn, states, products, totals,
     L, D, blocks, length, segments, direction,
     x_batch, x_time, i_batch, i_time, r_batch, r_time,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, BANDS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The recurrence over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     # The batch may exceed what the other axes of a grid can count.
     channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
-    columns = tl.program_id(0) % blocks * BD + tl.arange(0, BANDS * BD) % BD
     inside = channels < D
     segment = tl.program_id(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = segment * length
     end = min(begin + length, L)
-    whole = begin + (end - begin) // (16 * BANDS) * (16 * BANDS)
+    whole = begin + (end - begin) // 16 * 16
     summary_row = batch * segments * D
 
     # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
@@ -134,7 +112,7 @@ def rg_lru_forward(
     if states is not None:
         states += batch * tl.cdiv(L, 16) * D
 
-    rate = open_gate_rate(a_param, columns, D)
+    rate = open_gate_rate(a_param, channels, D)
     h = tl.zeros((BD,), tl.float32)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
@@ -145,17 +123,17 @@ def rg_lru_forward(
                 h, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
                 channels, D, BD, False,
             )  # fmt: skip
-    for t in tl.range(begin, whole, 16 * BANDS, num_stages=STAGES):
+    for t in tl.range(begin, whole, 16, num_stages=STAGES):
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            t, L, channels, columns, D, SUMMARY, BD, BANDS, EVEN, True,
+            t, L, channels, D, SUMMARY, BD, EVEN, True,
         )  # fmt: skip
     if whole < end:
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            whole, L, channels, columns, D, SUMMARY, BD, BANDS, EVEN, False,
+            whole, L, channels, D, SUMMARY, BD, EVEN, False,
         )  # fmt: skip
 
     if SUMMARY:
@@ -188,10 +166,10 @@ def forward(
     a_param = a_param.contiguous()
     h0 = None if h0 is None else h0.contiguous()
     config = FORWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.BD // 32, ROWS * config.bands)
+    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     strides = batch_and_time(x, input_gate, recurrence_gate)
     integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
-    constants = (config.BD, config.bands, d % config.BD == 0, config.stages)
+    constants = (config.BD, d % config.BD == 0, config.stages)
     inputs = (x, input_gate, recurrence_gate, a_param, h0, sequence)
     products = totals = None
     if segments > 1:
