@@ -10,9 +10,12 @@ h -> P·h + S, and each walker composes the summaries of the segments before its
 
 from typing import NamedTuple, overload
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ssmscan.ops._triton.launch import Kernel
 
 # Steps in a tile, and between two states that a forward keeps for its backward.
 ROWS = 16
@@ -40,6 +43,43 @@ def plan(batch: int, l: int, d: int, BD: int, warps: int) -> Plan:
         wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
     length = max(-(-l // (wanted * ROWS)), 1) * ROWS
     return Plan(blocks, length, max(-(-l // length), 1))
+
+
+def launch(
+    kernel: Kernel,
+    rows: int,
+    columns: int,
+    blocks: int,
+    segments: int,
+    x: Tensor,
+    read: tuple[Tensor | None, ...],
+    written: tuple[Tensor | None, ...],
+    integers: tuple[int, ...],
+    constants: tuple[int, ...],
+    warps: int,
+) -> None:
+    """Walk all segments, after a launch that summarises them if there are several.
+
+    Args:
+        kernel: takes ``x``, the tensors ``read`` and ``written``, products and totals, which are the summaries of all
+            segments of ``rows`` sequences of ``columns`` channels; the integers, whether it is to summarise, and the
+            constants.
+        blocks: into how many the channels are cut.
+    """
+    products = totals = None
+    if segments > 1:
+        products, totals = x.new_empty(2, rows, segments, columns, dtype=torch.float32)
+        # Nothing enters after the last segment, so it needs no summary.
+        kernel.launch(
+            (rows * blocks, segments - 1, 1),
+            (x, *read, *(None for _ in written), products, totals),
+            integers,
+            (True, *constants),
+            warps,
+        )
+    kernel.launch(
+        (rows * blocks, segments, 1), (x, *read, *written, products, totals), integers, (False, *constants), warps
+    )
 
 
 def batch_and_time(*tensors: Tensor | None) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -122,10 +123,10 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def linear_scan_backward(
-    x, a, b, c, dy, h0, sequence, states, dx, da, db, dc, dh, dh0, products, totals,
+    x, a, b, c, dy, h0, sequence, dh, states, dx, da, db, dc, dh0, products, totals,
     L, D, length, segments, direction,
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time, dy_batch, dy_time,
-    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
     # On the first axis, for the others end at 65535.
@@ -225,23 +226,10 @@ def backward(
     config = BACKWARD[x.dtype.itemsize]
     blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c, dy))
-    constants = (config.BD, d % config.BD == 0, config.stages)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
-        linear_scan_backward.launch(
-            (batch * blocks, segments - 1, 1),
-            (x, decay, b, c, dy, h0, sequence, None, None, None, None, None, dh, None, products, totals),
-            integers,
-            (log, True, *constants),
-            config.warps,
-        )
     outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    linear_scan_backward.launch(
-        (batch * blocks, segments, 1),
-        (x, decay, b, c, dy, h0, sequence, states, *outputs, dh, None if h0 is None else dh0, products, totals),
-        integers,
-        (log, False, *constants),
-        config.warps,
-    )
+    launch(
+        linear_scan_backward, batch, d, blocks, segments, x, (decay, b, c, dy, h0, sequence, dh),
+        (states, *outputs, None if h0 is None else dh0), integers,
+        (log, config.BD, d % config.BD == 0, config.stages), config.warps,
+    )  # fmt: skip
     return *gradients, dh0

@@ -14,6 +14,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -79,7 +80,7 @@ def linear_scan_forward(
     x, a, b, c, h0, sequence, y, hn, states, products, totals,
     L, D, length, segments, direction,
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time,
-    LOG: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     # On the first axis, for the others end at 65535.
@@ -164,23 +165,8 @@ def forward(
     config = forward_config(x.dtype.itemsize, 2 + (b is not None) + (c is not None), batch, d)
     blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c))
-    constants = (config.BD, d % config.BD == 0, config.stages)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
-        # Nothing enters after the last segment, so it needs no summary.
-        linear_scan_forward.launch(
-            (batch * blocks, segments - 1, 1),
-            (x, decay, b, None, h0, sequence, None, None, None, products, totals),
-            integers,
-            (log, True, *constants),
-            config.warps,
-        )
-    linear_scan_forward.launch(
-        (batch * blocks, segments, 1),
-        (x, decay, b, c, h0, sequence, y, hn, states, products, totals),
-        integers,
-        (log, False, *constants),
-        config.warps,
-    )
+    launch(
+        linear_scan_forward, batch, d, blocks, segments, x, (decay, b, c, h0, sequence), (y, hn, states), integers,
+        (log, config.BD, d % config.BD == 0, config.stages), config.warps,
+    )  # fmt: skip
     return y, hn, states

@@ -20,6 +20,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -95,7 +96,7 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
 def matrix_scan_backward(
-    x, log_a, dy, h0, sequence, states, dx, da, dh, dh0, products, totals,
+    x, log_a, dy, h0, sequence, dh, states, dx, da, dh0, products, totals,
     L, R, C, length, segments, blocks, direction,
     x_batch, x_time, x_row, a_batch, a_time, a_row, dy_batch, dy_time, dy_row,
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -203,25 +204,11 @@ def backward(
         *decay.stride(),
         *dy.stride()[:3],
     )
-    constants = (BD, c % BD == 0, stages)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
-        matrix_scan_backward.launch(
-            (batch * r * blocks, segments - 1, 1),
-            (x, decay, dy, h0, sequence, None, None, None, dh, None, products, totals),
-            integers,
-            (True, *constants),
-            warps,
-        )
-    outputs = (dx if needs[0] else None, da if needs[1] else None, dh, None if h0 is None else dh0)
-    matrix_scan_backward.launch(
-        (batch * r * blocks, segments, 1),
-        (x, decay, dy, h0, sequence, states, *outputs, products, totals),
-        integers,
-        (False, *constants),
-        warps,
-    )
+    outputs = (dx if needs[0] else None, da if needs[1] else None, None if h0 is None else dh0)
+    launch(
+        matrix_scan_backward, batch * r, c, blocks, segments, x, (decay, dy, h0, sequence, dh), (states, *outputs),
+        integers, (BD, c % BD == 0, stages), warps,
+    )  # fmt: skip
     # A plain sum adds in the same order every time.
     dlog_a = da.squeeze(-1) if blocks == 1 else da.sum(-1).to(log_a.dtype)
     return dx, dlog_a, dh0

@@ -18,6 +18,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -154,23 +155,8 @@ def forward(
     BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
     blocks, length, segments = plan(batch * r, l, c, BD, warps)
     integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *x.stride()[:3], *log_a.stride())
-    constants = (BD, c % BD == 0, stages)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch * r, segments, c, dtype=torch.float32)
-        # Nothing enters after the last segment, so it needs no summary.
-        matrix_scan_forward.launch(
-            (batch * r * blocks, segments - 1, 1),
-            (x, log_a, h0, sequence, None, None, None, products, totals),
-            integers,
-            (True, *constants),
-            warps,
-        )
-    matrix_scan_forward.launch(
-        (batch * r * blocks, segments, 1),
-        (x, log_a, h0, sequence, y, hn, states, products, totals),
-        integers,
-        (False, *constants),
-        warps,
-    )
+    launch(
+        matrix_scan_forward, batch * r, c, blocks, segments, x, (log_a, h0, sequence), (y, hn, states), integers,
+        (BD, c % BD == 0, stages), warps,
+    )  # fmt: skip
     return y, hn, states

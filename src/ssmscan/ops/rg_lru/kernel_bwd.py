@@ -25,6 +25,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -134,8 +135,8 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "blocks", "length", "segments", "direction"])
 def rg_lru_backward(
-    x, input_gate, recurrence_gate, a_param, dy, h0, sequence, states,
-    dx, di, dr, slopes, dh, dh0, products, totals,
+    x, input_gate, recurrence_gate, a_param, dy, h0, sequence, dh, states,
+    dx, di, dr, slopes, dh0, products, totals,
     L, D, blocks, length, segments, direction,
     x_batch, x_time, i_batch, i_time, r_batch, r_time, dy_batch, dy_time,
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
@@ -237,27 +238,14 @@ def backward(
         *(l, d, blocks, length, segments, -1 if reverse else 1),
         *batch_and_time(x, input_gate, recurrence_gate, dy),
     )
-    constants = (config.BD, d % config.BD == 0, config.stages)
-    inputs = (x, input_gate, recurrence_gate, parameter, dy, h0, sequence)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
-        rg_lru_backward.launch(
-            (batch * blocks, segments - 1, 1),
-            (*inputs, None, None, None, None, None, dh, None, products, totals),
-            integers,
-            (True, *constants),
-            config.warps,
-        )
     slopes = x.new_empty(batch, segments, d, dtype=torch.float32) if needs[3] else None
     outputs = [gradient if need else None for gradient, need in zip(gradients, needs[:3], strict=True)]
-    rg_lru_backward.launch(
-        (batch * blocks, segments, 1),
-        (*inputs, states, *outputs, slopes, dh, None if h0 is None else dh0, products, totals),
-        integers,
-        (False, *constants),
-        config.warps,
-    )
+    launch(
+        rg_lru_backward, batch, d, blocks, segments, x,
+        (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh),
+        (states, *outputs, slopes, None if h0 is None else dh0), integers,
+        (config.BD, d % config.BD == 0, config.stages), config.warps,
+    )  # fmt: skip
     da_param = a_param.new_empty(d if needs[3] else 0)
     if slopes is not None:
         da_param.copy_(-8 * a_param.float().sigmoid() * slopes.sum((0, 1)))

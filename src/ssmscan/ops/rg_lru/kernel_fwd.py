@@ -15,6 +15,7 @@ from ssmscan.ops._triton.walk import (
     edges,
     enter_segment,
     gather_states,
+    launch,
     load_tile,
     plan,
     store_tile,
@@ -169,24 +170,8 @@ def forward(
     blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
     strides = batch_and_time(x, input_gate, recurrence_gate)
     integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
-    constants = (config.BD, d % config.BD == 0, config.stages)
-    inputs = (x, input_gate, recurrence_gate, a_param, h0, sequence)
-    products = totals = None
-    if segments > 1:
-        products, totals = x.new_empty(2, batch, segments, d, dtype=torch.float32)
-        # Nothing enters after the last segment, so it needs no summary.
-        rg_lru_forward.launch(
-            (batch * blocks, segments - 1, 1),
-            (*inputs, None, None, None, products, totals),
-            integers,
-            (True, *constants),
-            config.warps,
-        )
-    rg_lru_forward.launch(
-        (batch * blocks, segments, 1),
-        (*inputs, y, hn, states, products, totals),
-        integers,
-        (False, *constants),
-        config.warps,
-    )
+    launch(
+        rg_lru_forward, batch, d, blocks, segments, x, (input_gate, recurrence_gate, a_param, h0, sequence),
+        (y, hn, states), integers, (config.BD, d % config.BD == 0, config.stages), config.warps,
+    )  # fmt: skip
     return y, hn, states

@@ -128,6 +128,8 @@ def scan_gradients(
                 dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],
                 dDs[part] if by_head else None, tiles, options, reverse,
             )  # fmt: skip
+            # Before the next rows have theirs.
+            del sizes, flows, y
         # Not while the sums are made.
         del states, adjoints
     dA, dD, dbias = (_sum(parts, (0, 1), like) for parts, like in ((dAs, A), (dDs, D), (dbiases, dt_bias)))
