@@ -12,6 +12,7 @@ import torch
 
 from ssmscan.backend import choose, why_not
 from ssmscan.ops import decoding
+from ssmscan.ops.causal_conv1d.case import CASE as CAUSAL_CONV1D
 from ssmscan.ops.rg_lru.case import CASE as RG_LRU
 from ssmscan.ops.s4d.case import CASE as S4D
 from ssmscan.ops.selective_scan.case import CASE as SELECTIVE_SCAN
@@ -19,11 +20,12 @@ from ssmscan.ops.ssd.case import CASE as SSD
 from ssmscan.ops.ssd.case import ELEMENTWISE
 from ssmscan.testing import rms_ratio
 
-CASES = (RG_LRU, SELECTIVE_SCAN, SSD, S4D)
+CASES = (CAUSAL_CONV1D, RG_LRU, SELECTIVE_SCAN, SSD, S4D)
 OPTIONS = [(case, option) for case in CASES for option in case.options if option.name != "conv, complex"]
 OPTIONS += [(SSD, ELEMENTWISE)]
 # Beside the cases' own: several programs of a channel axis, and tiles without a mask.
 SIZES = {
+    "causal_conv1d": ({"b": 2, "d": 130, "w": 2}, {"b": 1, "d": 128, "w": 8}),
     "rg_lru": ({"b": 2, "d": 130},),
     "selective_scan": ({"b": 2, "d": 66, "n": 16}, {"b": 1, "d": 6, "n": 256}, {"b": 1, "d": 514, "n": 1}),
     "ssd": ({"b": 1, "h": 2, "p": 35, "g": 1, "n": 128}, {"b": 2, "h": 1, "p": 1, "g": 1, "n": 300}),
@@ -189,7 +191,7 @@ def test_hold(dt, device, launches):
 
 # NumPy warns of the padding, where the interpreter multiplies infinity by 0.
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@FIRST
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
 def test_an_infinite_input(case, device):
     """Leaves no NaN: the states that pad a tile do not count."""
     given, h = _token(case, case.options[0], {}, torch.float32, device)
@@ -268,7 +270,7 @@ def _far_apart(name, device):
     step = 2**30 + 2**16
     buffer = torch.empty(2 * step + 2**16, device=device)
     for option in case.options[:2]:
-        given, h = _token(case, option, dict.fromkeys("bdhpn", 3) | {"g": 3}, torch.float32, device)
+        given, h = _token(case, option, dict.fromkeys("bdhpngw", 3), torch.float32, device)
         y, expected_h = None, h.clone()
         expected = case.step(**given, **option.keywords, h=expected_h)
         for axis in range(h.dim()):

@@ -2,6 +2,7 @@
 
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
@@ -47,4 +48,6 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) 
             (weight.shape[1], silu, STEP.BD),
             STEP.warps,
         )
+        # A derivative that needs the state as it was is refused, as after PyTorch's own updates in place.
+        increment_version(h)
     return y

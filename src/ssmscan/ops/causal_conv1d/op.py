@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.causal_conv1d import autograd, chunked, reference
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.ops.registration import needs_grad
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def causal_conv1d_step(
     silu = _check("causal_conv1d_step", "b, d", x, weight, bias, activation, {"h": h})
     dtype = state_dtype(x, weight, bias)
     check_state("causal_conv1d_step", "h", h, "b, w-1, d", (x.shape[0], weight.shape[1] - 1, x.shape[1]), dtype)
-    if choose("causal_conv1d_step", "auto", x.device.type, dtype) == "triton" and not needs_grad(x, weight, bias, h):
+    if fused("causal_conv1d_step", h, x, weight, bias):
         return autograd.causal_conv1d_step(x, weight, bias, h, silu)
     return reference.causal_conv1d_step(x, weight, bias, h, silu)
 

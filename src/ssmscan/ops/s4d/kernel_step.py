@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops.s4d.kernel_system import multiply
 
 # States of a program, over its channels, of each batch row; a thread takes four.
 STATES = 512
@@ -17,11 +18,6 @@ PROGRAMS = 1056
 
 _TURNS = tl.constexpr(0.15915494309189535)
 _TURN = tl.constexpr(6.283185307179586)
-
-
-@triton.jit
-def _multiply(a, b):
-    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
 
 @triton.jit
@@ -64,7 +60,7 @@ def _root_of_turn(angle):
     c = 1 - v * (1 / 2) * (1 - v * (1 / 12) * (1 - v * (1 / 30)))
     s = f * (1 - v * (1 / 6) * (1 - v * (1 / 20) * (1 - v * (1 / 42))))
     for _ in tl.static_range(3):
-        c, s = _multiply((c, s), (c, s))
+        c, s = multiply((c, s), (c, s))
     return c, s
 
 
@@ -78,15 +74,15 @@ def _hold(step, A, PARTS: tl.constexpr):
     if PARTS == 2:
         c, i = _root_of_turn(z[1])
         root = size * c, size * i
-    decay = _multiply(root, root)
+    decay = multiply(root, root)
     # Where z is small, dt·exp(s)·sinh(s)/s by the series of sinh: it holds at A = 0 too, and does not cancel.
-    u = _multiply(s, s)
-    t = _multiply(u, (1 + u[0] * (1 / 42), u[1] * (1 / 42)))
-    t = _multiply(u, (1 + t[0] * (1 / 20), t[1] * (1 / 20)))
-    series = _multiply(root, (1 + t[0] * (1 / 6), t[1] * (1 / 6)))
+    u = multiply(s, s)
+    t = multiply(u, (1 + u[0] * (1 / 42), u[1] * (1 / 42)))
+    t = multiply(u, (1 + t[0] * (1 / 20), t[1] * (1 / 20)))
+    series = multiply(root, (1 + t[0] * (1 / 6), t[1] * (1 / 6)))
     small = s[0] * s[0] + s[1] * s[1] < 0.0625
     inverse = 1 / tl.where(small, 1.0, A[0] * A[0] + A[1] * A[1])
-    quotient = _multiply((decay[0] - 1, decay[1]), (A[0] * inverse, -A[1] * inverse))
+    quotient = multiply((decay[0] - 1, decay[1]), (A[0] * inverse, -A[1] * inverse))
     return decay, (tl.where(small, step * series[0], quotient[0]), tl.where(small, step * series[1], quotient[1]))
 
 
@@ -109,7 +105,7 @@ def s4d_token(
     decay, gain = _hold(step[:, None], _widen(poles), PARTS)
     a = decay[0].to(tl.float32), decay[1].to(tl.float32)
     b = _load(_tile(B, channels, B_channel, states, B_state, PARTS), known, PARTS)
-    b = _multiply((gain[0].to(tl.float32), gain[1].to(tl.float32)), b)
+    b = multiply((gain[0].to(tl.float32), gain[1].to(tl.float32)), b)
     c = _load(_tile(C, channels, C_channel, states, C_state, PARTS), known, PARTS)
     if D is not None:
         skip = tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)
@@ -118,7 +114,7 @@ def s4d_token(
         at = tl.cast(row, tl.int64)
         u = tl.load(x + at * x_batch + channels * x_channel, mask=inside, other=0.0).to(tl.float32)
         pointers = _tile(h + at * h_batch * PARTS, channels, h_channel, states, h_state, PARTS)
-        kept = _multiply(a, _load(pointers, known, PARTS))
+        kept = multiply(a, _load(pointers, known, PARTS))
         now = kept[0] + b[0] * u[:, None], kept[1] + b[1] * u[:, None]
         _store(pointers, now, known, PARTS)
         part = c[0] * now[0]

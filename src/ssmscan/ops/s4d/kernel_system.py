@@ -32,7 +32,8 @@ class System(NamedTuple):
 
 
 @triton.jit
-def _multiply(a, b):
+def multiply(a, b):
+    """The product of complex numbers, in two parts each."""
     return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
 
@@ -82,7 +83,7 @@ def _matrices(z, B, C, channel, first, total, state, known, PARTS: tl.constexpr,
     c = _load(C, offset, 1, known, PARTS)
     k = tl.arange(0, Q).to(tl.float64)
     powers = _power(_rows(z), k[:, None])
-    following = _multiply(_rows(_power(z, 1.0)), powers)
+    following = multiply(_rows(_power(z, 1.0)), powers)
     return powers, following, _power(z, Q * 1.0), b, (c[0] * PARTS, c[1] * PARTS)
 
 
@@ -98,11 +99,11 @@ def s4d_system(
     by_time = (channel * Q + q[:, None]) * (PARTS * n) + state[None, :]
     against_time = (channel * Q + Q - 1 - q[:, None]) * (PARTS * n) + state[None, :]
     mask = known[None, :]
-    _store(V, against_time, n, _multiply(powers, _rows(b)), mask, PARTS)
+    _store(V, against_time, n, multiply(powers, _rows(b)), mask, PARTS)
     # The real part of a product is a product of parts with the conjugate.
-    _store(W, by_time, n, _conjugate(_multiply(following, _rows(c))), mask, PARTS)
+    _store(W, by_time, n, _conjugate(multiply(following, _rows(c))), mask, PARTS)
     _store(P, channel * PARTS * n + state, n, last, known, PARTS)
-    response = tl.sum(_multiply(powers, _rows(_multiply(b, c)))[0], 1)
+    response = tl.sum(multiply(powers, _rows(multiply(b, c)))[0], 1)
     if D is not None:
         response += tl.where(q == 0, tl.load(D + channel), 0.0)
     tl.store(K + channel * Q + q, response)
@@ -133,15 +134,15 @@ def s4d_system_backward(
 
     # Of Ā^k itself, through V and K; of Ā^(k+1), through W.
     powers, following, last = _conjugate(powers), _conjugate(following), _conjugate(last)
-    by_v = _multiply(powers, dv)
+    by_v = multiply(powers, dv)
     by_k = powers[0] * dk[:, None], powers[1] * dk[:, None]
-    by_w = _multiply(following, du)
+    by_w = multiply(following, du)
     sum_v = tl.sum(by_v[0], 0), tl.sum(by_v[1], 0)
     sum_k = tl.sum(by_k[0], 0), tl.sum(by_k[1], 0)
     sum_w = tl.sum(by_w[0], 0), tl.sum(by_w[1], 0)
     b, c = _conjugate(b), _conjugate(c)
-    through_b = _multiply(b, sum_k)
-    through_c = _multiply(c, sum_k)
+    through_b = multiply(b, sum_k)
+    through_c = multiply(c, sum_k)
     offset = (channel * total + first + state) * PARTS
     _store(dB, offset, 1, (sum_v[0] + through_c[0], sum_v[1] + through_c[1]), known, PARTS)
     # c is PARTS times C.
@@ -149,10 +150,10 @@ def s4d_system_backward(
         dC, offset, 1, ((sum_w[0] + through_b[0]) * PARTS, (sum_w[1] + through_b[1]) * PARTS), known, PARTS
     )  # fmt: skip
     k = q.to(tl.float32)[:, None]
-    v = _multiply(b, (tl.sum(k * by_v[0], 0), tl.sum(k * by_v[1], 0)))
-    t = _multiply(_multiply(b, c), (tl.sum(k * by_k[0], 0), tl.sum(k * by_k[1], 0)))
-    w = _multiply(c, (tl.sum((k + 1) * by_w[0], 0), tl.sum((k + 1) * by_w[1], 0)))
-    p = _multiply(last, dp)
+    v = multiply(b, (tl.sum(k * by_v[0], 0), tl.sum(k * by_v[1], 0)))
+    t = multiply(multiply(b, c), (tl.sum(k * by_k[0], 0), tl.sum(k * by_k[1], 0)))
+    w = multiply(c, (tl.sum((k + 1) * by_w[0], 0), tl.sum((k + 1) * by_w[1], 0)))
+    p = multiply(last, dp)
     dz_r, dz_i = v[0] + t[0] + w[0] + Q * p[0], v[1] + t[1] + w[1] + Q * p[1]
     _store(dz, offset, 1, (dz_r, dz_i), known, PARTS)
 
