@@ -28,7 +28,11 @@ def _standard(
 ) -> tuple[Call, Standard]:
     """The same for all backends."""
     call = case.call(option, dict(size), setting, extreme=extreme).cast(dtype, device)
-    return call, Standard.of(call, device)
+    standard = Standard.of(call, device)
+    if device == "cuda":
+        # A loop over thousands of tokens keeps gigabytes, which tests in other processes may need.
+        torch.cuda.empty_cache()
+    return call, standard
 
 
 def _check(
