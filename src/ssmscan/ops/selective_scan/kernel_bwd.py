@@ -23,7 +23,7 @@ from ssmscan.ops._triton.activation import LOG2E, sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
-from ssmscan.ops.selective_scan.configs import BackwardConfig, backward_config
+from ssmscan.ops.selective_scan.configs import backward_config
 from ssmscan.ops.selective_scan.kernel_fwd import passes, summarise
 from ssmscan.ops.selective_scan.lanes import (
     by_channel,
@@ -38,7 +38,7 @@ from ssmscan.ops.selective_scan.lanes import (
     sum_channels,
     sum_states,
 )
-from ssmscan.ops.selective_scan.plan import cover, runs_of
+from ssmscan.ops.selective_scan.plan import cover, interleave, rates_of, runs_of, separate
 from ssmscan.ops.selective_scan.tile import LN2, in_run, vary
 
 # Sums of dB and dC that are added at a time.
@@ -405,29 +405,3 @@ def backward(
         if total is not None and t is not None:
             gradients[i] = t.new_empty(t.shape).copy_(total)
     return *(x.new_empty(0) if gradient is None else gradient for gradient in gradients), dh0
-
-
-def rates_of(A: Tensor, N: int) -> Tensor:
-    """A in float32, (d, N), with zeros up to N states."""
-    return torch.nn.functional.pad(A.float(), (0, N - A.shape[1])).contiguous()
-
-
-def interleave(B: Tensor, C: Tensor, N: int, reverse: bool) -> Tensor:
-    """B and C in scan order, (b, g, l, 2, N) in float32, with zeros up to N states and whole tiles of four steps."""
-    batch, l, groups, n = B.shape
-    wide = B.new_empty(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
-    if n < N or l % 4 != 0:
-        wide.zero_()
-    for i, rows in enumerate((B, C)):
-        wide[:, :, :l, i, :n] = (rows.flip(1) if reverse else rows).transpose(1, 2)
-    return wide
-
-
-def separate(dBC: Tensor, config: BackwardConfig, l: int, n: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """dB and dC, (b, l, g, n), from the order in which lanes hold them; see :func:`~.lanes.sum_channels`."""
-    channels, states = config.channels, config.states // 4
-    lanes = dBC.view(*dBC.shape[:2], -1, channels, states, 8 // channels, 4)
-    # Of 8 numbers, which stand in the axes of channels and of 8 / channels, 4 are for B and 4 for C.
-    both = lanes.permute(0, 2, 6, 1, 3, 5, 4).reshape(dBC.shape[0], -1, dBC.shape[1], 2, 4, states)[:, :l]
-    dB, dC = both.transpose(4, 5).reshape(*both.shape[:4], -1)[..., :n].unbind(3)
-    return (dB.flip(1), dC.flip(1)) if reverse else (dB, dC)
