@@ -42,8 +42,10 @@ def _round_in_interpreter() -> None:
     def rounded(data, source, target, mode):
         if source != tl.float32 or target != tl.bfloat16:
             return convert(data, source, target, mode)
-        near = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
-        return near.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        # Half a unit, less where that would leave an odd number.
+        near = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, near.reshape(data.shape)).astype(np.uint16)
 
     interpreter._convert_float = rounded
 
