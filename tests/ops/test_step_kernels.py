@@ -47,18 +47,24 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches():
     """The calls that reach a kernel."""
     calls = []
-    for case in CASES:
-        module = import_module(f"ssmscan.ops.{case.name}.autograd")
+    loaders = [import_module(f"ssmscan.ops.{case.name}.autograd")._load for case in CASES]
+    with pytest.MonkeyPatch.context() as patch:
+        for case in CASES:
+            module = import_module(f"ssmscan.ops.{case.name}.kernel_step")
 
-        def spy(*arguments, launch=module._step):
-            calls.append(arguments)
-            return launch(*arguments)
+            def spy(*arguments, launch=module.step):
+                calls.append(arguments)
+                return launch(*arguments)
 
-        monkeypatch.setattr(module, "_step", spy)
-    return calls
+            patch.setattr(module, "step", spy)
+        for load in loaders:
+            load.cache_clear()
+        yield calls
+    for load in loaders:
+        load.cache_clear()
 
 
 @pytest.fixture

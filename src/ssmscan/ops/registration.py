@@ -37,6 +37,25 @@ def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"ssmscan::{name}", fake, lib=LIBRARY)
 
 
+def define_step(schema: str, load: Callable[[str, str], Callable[..., Any]]) -> Callable[..., Tensor]:
+    """Define the operator of a decode step, y in the shape of its first argument, and return what calls it.
+
+    It is one launch of the Triton kernel that ``load`` finds, and has no derivative; :mod:`ssmscan.ops.decoding` says
+    when it is taken.
+    """
+
+    def launch(*arguments):
+        return load("triton", "step")(*arguments)
+
+    define(schema, launch, lambda x, *_: x.new_empty(x.shape))
+    operator = getattr(torch.ops.ssmscan, schema[: schema.index("(")]).default
+
+    def step(*arguments):
+        return operator(*arguments) if observed(arguments[0]) else launch(*arguments)
+
+    return step
+
+
 def differentiate(name: str, setup: Callable[..., None], backward: Callable[..., Any], derivative: str) -> None:
     """Give the operator ``name`` its ``backward``, which calls the operator ``derivative``; that has none itself."""
     torch.library.register_autograd(f"ssmscan::{name}", backward, setup_context=setup, lib=LIBRARY)

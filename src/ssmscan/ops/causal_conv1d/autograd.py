@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 from ssmscan.shapes import state_dtype
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? h0, Tensor? sequence, Tensor? bounds"
@@ -92,22 +92,7 @@ define(
 )
 differentiate("causal_conv1d", _setup, _differentiate, "causal_conv1d_backward")
 
-
-def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) -> Tensor:
-    """On a GPU, where one launch takes the place of seven. It has no derivative: see :mod:`reference` for that."""
-    if observed(x):
-        return torch.ops.ssmscan.causal_conv1d_step.default(x, weight, bias, h, silu)
-    return _step(x, weight, bias, h, silu)
-
-
-def _step(*arguments):
-    return _load("triton", "step")(*arguments)
-
-
-def _fake_step(x, weight, bias, h, silu):
-    return x.new_empty(x.shape)
-
-
-define(
-    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, bool silu) -> Tensor", _step, _fake_step
+causal_conv1d_step = define_step(
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, bool silu) -> Tensor",
+    _load,
 )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 from ssmscan.shapes import state_dtype
 
 # Steps between two of the states that the forward saves for the backward.
@@ -107,25 +107,7 @@ define(
 )
 differentiate("rg_lru_saving", _setup, _differentiate, "rg_lru_backward")
 
-
-def rg_lru_step(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor) -> Tensor:
-    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`chunked` for that."""
-    arguments = (x, input_gate, recurrence_gate, a_param, h)
-    if observed(x):
-        return torch.ops.ssmscan.rg_lru_step.default(*arguments)
-    return _step(*arguments)
-
-
-def _step(*arguments):
-    return _load("triton", "step")(*arguments)
-
-
-def _fake_step(x, *_):
-    return x.new_empty(x.shape)
-
-
-define(
+rg_lru_step = define_step(
     "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h) -> Tensor",
-    _step,
-    _fake_step,
+    _load,
 )

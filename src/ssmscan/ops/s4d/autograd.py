@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 
 _INPUTS = "Tensor x, Tensor z, Tensor B, Tensor C, Tensor? D, Tensor? h0"
 
@@ -69,22 +69,7 @@ define(
 )
 differentiate("s4d", _setup, _differentiate, "s4d_backward")
 
-
-def s4d_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor) -> Tensor:
-    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`reference` for that."""
-    if observed(x):
-        return torch.ops.ssmscan.s4d_step.default(x, dt, A, B, C, D, h)
-    return _step(x, dt, A, B, C, D, h)
-
-
-def _step(*arguments):
-    return _load("triton", "step")(*arguments)
-
-
-def _fake_step(x, *_):
-    return x.new_empty(x.shape)
-
-
-define(
-    "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h) -> Tensor", _step, _fake_step
+s4d_step = define_step(
+    "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h) -> Tensor",
+    _load,
 )

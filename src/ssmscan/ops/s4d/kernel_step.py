@@ -131,7 +131,7 @@ def s4d_token(
 def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor) -> Tensor:
     if h.is_conj():
         # What lies in memory is the state of the conjugated system, which has the same outputs.
-        return step(x, dt, A.conj(), B.conj(), C.conj(), D, h.conj())
+        A, B, C, h = A.conj(), B.conj(), C.conj(), h.conj()
     batch, d = x.shape
     n = A.shape[1]
     y = x.new_empty(batch, d)

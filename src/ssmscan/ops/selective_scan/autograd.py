@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 from ssmscan.shapes import state_dtype
 
 # Steps between two of the states that the forward saves for the backward.
@@ -119,37 +119,8 @@ define(
 )
 differentiate("selective_scan_saving", _setup, _differentiate, "selective_scan_backward")
 
-
-def selective_scan_step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h: Tensor,
-    softplus: bool,
-) -> Tensor:
-    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`reference` for that."""
-    arguments = (x, dt, A, B, C, D, z, dt_bias, h, softplus)
-    if observed(x):
-        return torch.ops.ssmscan.selective_scan_step.default(*arguments)
-    return _step(*arguments)
-
-
-def _step(*arguments):
-    return _load("triton", "step")(*arguments)
-
-
-def _fake_step(x, *_):
-    return x.new_empty(x.shape)
-
-
-define(
-    "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor(a!) h, bool softplus) -> Tensor",
-    _step,
-    _fake_step,
+selective_scan_step = define_step(
+    "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? "
+    "dt_bias, Tensor(a!) h, bool softplus) -> Tensor",
+    _load,
 )

@@ -3,8 +3,8 @@
 A state is a tile [R, C, S, 4] of R·C channels. What has no states is a tile [R, C, 4] of four steps, each computed by
 one lane; where every lane of a channel needs a step, :func:`pick` hands it around. All this stays within a warp: a
 tile of as many lanes as a warp has takes this layout from the loads of A and of a step's B and C, in which neighbours
-are four states. Offsets whose neighbours lie together would give others, hence ``one``, and
-:func:`~.tile.vary`.
+are four states. Offsets whose neighbours lie together would give others, hence ``one``
+and :func:`~.tile.vary`.
 """
 
 import triton

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 from ssmscan.shapes import state_dtype
 
 _INPUTS = (
@@ -96,39 +96,8 @@ define(
 )
 differentiate("ssd", _setup, _differentiate, "ssd_backward")
 
-
-def ssd_step(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h: Tensor,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> Tensor:
-    """In one launch; see :mod:`ssmscan.ops.decoding` for when. It has no derivative: see :mod:`reference` for that."""
-    arguments = (x, dt, A, B, C, D, z, dt_bias, h, softplus, low, high)
-    if observed(x):
-        return torch.ops.ssmscan.ssd_step.default(*arguments)
-    return _step(*arguments)
-
-
-def _step(*arguments):
-    return _load("triton", "step")(*arguments)
-
-
-def _fake_step(x, *_):
-    return x.new_empty(x.shape)
-
-
-define(
+ssd_step = define_step(
     "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "Tensor(a!) h, bool softplus, float low, float high) -> Tensor",
-    _step,
-    _fake_step,
+    _load,
 )
