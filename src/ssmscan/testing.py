@@ -205,8 +205,10 @@ class Call:
     keywords: Mapping[str, Any]
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> "Call":
-        keywords = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.keywords.items()}
-        return Call(self.case, self.case.cast(self.tensors, dtype, device), keywords)
+        return Call(self.case, self.case.cast(self.tensors, dtype, device), _moved(self.keywords, device))
+
+    def to(self, device: str) -> "Call":
+        return Call(self.case, _moved(self.tensors, device), _moved(self.keywords, device))
 
     def replace(self, **tensors: Tensor) -> "Call":
         return replace(self, tensors={**self.tensors, **tensors})
@@ -324,12 +326,17 @@ class Standard:
     sums: Mapping[str, float]
 
     @classmethod
-    def of(cls, call: Call, device: str = "cpu") -> "Standard":
+    def of(cls, call: Call) -> "Standard":
         """The oracle reads the same rounded inputs and incoming gradients as ``call``, in float64."""
         cotangents = draw_cotangents(call.run("reference"))
-        wide = call.cast(torch.float64, device)
+        wide = call.cast(torch.float64)
         oracle = wide.differentiate("reference", {name: _widen(tensor) for name, tensor in cotangents.items()})
         return cls(cotangents, oracle, call.differentiate("reference", cotangents), _sums(wide, oracle))
+
+    def to(self, device: str) -> "Standard":
+        """The same on another device. Loops over tokens are quicker on a CPU, and leave a GPU to what is judged."""
+        cotangents, oracle, reference = (_moved(v, device) for v in (self.cotangents, self.oracle, self.reference))
+        return Standard(cotangents, oracle, reference, self.sums)
 
     def judge(self, values: Mapping[str, Tensor], case: OpCase, dtype: torch.dtype) -> None:
         """Each of ``values`` is within its bounds, where the oracle is finite."""
@@ -402,6 +409,10 @@ def _failures(
         if not largest <= allowed:
             failures.append(f"largest error {largest:.1e} above {allowed:.1e} (the reference's is {floor:.1e})")
     return failures
+
+
+def _moved(values: Mapping[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:

@@ -21,9 +21,9 @@ def check_small(case: OpCase, benchmark: Benchmark, backend: str, device: str) -
     """Outputs and gradients against the float64 reference, at two lengths. AssertionError when they are wrong."""
     size = small(benchmark.size)
     for length in (size["l"], max(1, size["l"] - RAGGED)):
-        call = case.call(benchmark.option, {**size, "l": length}).cast(benchmark.dtype, device)
-        standard = Standard.of(call, device)
-        standard.judge(call.differentiate(backend, standard.cotangents), case, benchmark.dtype)
+        call = case.call(benchmark.option, {**size, "l": length}).cast(benchmark.dtype)
+        standard = Standard.of(call).to(device)
+        standard.judge(call.to(device).differentiate(backend, standard.cotangents), case, benchmark.dtype)
 
 
 def check_full(benchmark: Benchmark, backend: str, call: Call, dy: Tensor) -> None:

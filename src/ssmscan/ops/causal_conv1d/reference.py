@@ -24,8 +24,9 @@ def causal_conv1d(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs = x.unbind(1)
     for t in reversed(range(l)) if reverse else range(l):
-        ys[t], states[owner[t]] = _advance(x[:, t], weight, bias, states[owner[t]], silu)
+        ys[t], states[owner[t]] = _advance(xs[t], weight, bias, states[owner[t]], silu)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 

@@ -23,12 +23,14 @@ def linear_scan(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs, decays = (v.to(dtype).unbind(1) for v in (x, decay))
+    bs, cs = (None if v is None else v.to(dtype).unbind(1) for v in (b, c))
     for t in reversed(range(l)) if reverse else range(l):
-        a_t = decay[:, t].to(dtype).exp() if log else decay[:, t].to(dtype)
-        u_t = x[:, t].to(dtype) if b is None else b[:, t].to(dtype) * x[:, t].to(dtype)
+        a_t = decays[t].exp() if log else decays[t]
+        u_t = xs[t] if bs is None else bs[t] * xs[t]
         h = a_t * states[owner[t]] + u_t
         states[owner[t]] = h
-        ys[t] = (h if c is None else c[:, t].to(dtype) * h).to(x.dtype)
+        ys[t] = (h if cs is None else cs[t] * h).to(x.dtype)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 

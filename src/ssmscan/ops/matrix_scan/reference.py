@@ -16,8 +16,9 @@ def matrix_scan(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs, log_as = (v.to(dtype).unbind(1) for v in (x, log_a))
     for t in reversed(range(l)) if reverse else range(l):
-        h = log_a[:, t, :, None].to(dtype).exp() * states[owner[t]] + x[:, t].to(dtype)
+        h = log_as[t][..., None].exp() * states[owner[t]] + xs[t]
         states[owner[t]] = h
         ys[t] = h.to(x.dtype)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)

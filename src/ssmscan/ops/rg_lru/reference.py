@@ -38,8 +38,9 @@ def rg_lru(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs, input_gates, recurrence_gates = (v.unbind(1) for v in (x, input_gate, recurrence_gate))
     for t in reversed(range(l)) if reverse else range(l):
-        h = _next(x[:, t], input_gate[:, t], recurrence_gate[:, t], a_param, states[owner[t]])
+        h = _next(xs[t], input_gates[t], recurrence_gates[t], a_param, states[owner[t]])
         states[owner[t]] = h
         ys[t] = h.to(x.dtype)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)

@@ -11,8 +11,8 @@ def s4d(
     a, b = discretise(dt, A, B, dtype)
     h = x.new_zeros(x.shape[0], *A.shape, dtype=dtype) if h0 is None else h0.to(dtype)
     ys = []
-    for t in range(x.shape[1]):
-        h, y = advance(x[:, t], a, b, C, D, h)
+    for x_t in x.unbind(1):
+        h, y = advance(x_t, a, b, C, D, h)
         ys.append(y)
     return torch.stack(ys, 1) if ys else x * 1, h * 1
 

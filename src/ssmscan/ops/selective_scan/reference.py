@@ -27,11 +27,11 @@ def selective_scan(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs, dts, Bs, Cs = (v.unbind(1) for v in (x, dt, B, C))
+    zs = None if z is None else z.unbind(1)
     for t in reversed(range(l)) if reverse else range(l):
-        z_t = None if z is None else z[:, t]
-        ys[t], states[owner[t]] = _token(
-            x[:, t], dt[:, t], A, B[:, t], C[:, t], D, z_t, dt_bias, states[owner[t]], softplus
-        )
+        z_t = None if zs is None else zs[t]
+        ys[t], states[owner[t]] = _token(xs[t], dts[t], A, Bs[t], Cs[t], D, z_t, dt_bias, states[owner[t]], softplus)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 

@@ -30,10 +30,11 @@ def ssd(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
+    xs, dts, Bs, Cs = (v.to(dtype).unbind(1) for v in (x, dt, B, C))
+    zs = None if z is None else z.to(dtype).unbind(1)
     for t in reversed(range(l)) if reverse else range(l):
-        x_t, dt_t, B_t, C_t = (v[:, t].to(dtype) for v in (x, dt, B, C))
-        z_t = None if z is None else z[:, t].to(dtype)
-        y, h = _advance(x_t, dt_t, B_t, C_t, z_t, A, D, dt_bias, states[owner[t]], softplus, low, high)
+        z_t = None if zs is None else zs[t]
+        y, h = _advance(xs[t], dts[t], Bs[t], Cs[t], z_t, A, D, dt_bias, states[owner[t]], softplus, low, high)
         states[owner[t]] = h
         ys[t] = y.to(x.dtype)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)

@@ -30,18 +30,21 @@ def ssd_bidirectional(
     l, heads = x.shape[1:3]
     wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
     common = (None, None, dt_bias, h0, sequence, softplus, 0.0, inf)
-    forward, _ = ssd(wide, dt, A, B, C, *common, False)
-    backward, _ = ssd(wide, dt_rev, A, B_rev, C_rev, *common, True)
+    forward = ssd(wide, dt, A, B, C, *common, False)[0].unbind(1)
+    backward = ssd(wide, dt_rev, A, B_rev, C_rev, *common, True)[0].unbind(1)
     owner = [0] * l if sequence is None else sequence.tolist()
     ys = []
-    for t in range(l):
-        y = wide[:, t] * (0 if D is None else D.to(wide.dtype).view(heads, -1))
+    for t, x_t in enumerate(wide.unbind(1)):
+        y = x_t * (0 if D is None else D.to(wide.dtype).view(heads, -1))
         if not shift:
-            y = y + forward[:, t] + backward[:, t]
+            y = y + forward[t] + backward[t]
         else:
             if t > 0 and owner[t - 1] == owner[t]:
-                y = y + forward[:, t - 1]
+                y = y + forward[t - 1]
             if t + 1 < l and owner[t + 1] == owner[t]:
-                y = y + backward[:, t + 1]
-        ys.append(y if z is None else y * F.silu(z[:, t].to(wide.dtype)))
-    return torch.stack(ys, 1).to(x.dtype) if ys else x * 1
+                y = y + backward[t + 1]
+        ys.append(y)
+    if not ys:
+        return x * 1
+    y = torch.stack(ys, 1)
+    return (y if z is None else y * F.silu(z.to(wide.dtype))).to(x.dtype)
