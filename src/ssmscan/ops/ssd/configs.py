@@ -33,8 +33,8 @@ class Config(NamedTuple):
 _WALK = {
     (False, True): Config(4, 2),
     (False, False): Config(4, 3),
-    (True, True): Config(8, 1),
-    (True, False): Config(8, 1),
+    (True, True): Config(4, 1),
+    (True, False): Config(4, 1),
 }
 # By whether the products are precise, and whether there are more than 128 states, of which two stages do not fit: what
 # comes from the states, and the rest.
@@ -65,11 +65,20 @@ def choose(x: Tensor, n: int, backward: bool) -> Tiles:
     """The state's tile stays in registers; each product in float32 takes three, of operands in two parts."""
     exact = x.dtype.itemsize == 4
     BN = max(triton.next_power_of_2(n), 16)
-    BP = max(min(triton.next_power_of_2(x.shape[3]), (4096 if exact else 8192) // BN, 32 if exact else 64), 16)
+    BP = _channels(x.shape[3], min((4096 if exact else 8192) // BN, 32 if exact else 64))
     if x.device.type == "cuda":
         return Tiles(x.dtype, DOTS[x.dtype], exact, 32 if exact and not backward else 64, BP, BN)
     # The interpreter cannot multiply in bfloat16; with short chunks small cases have several.
     return Tiles(torch.float32, tl.float32, exact, 16, BP, BN)
+
+
+def gradient_tiles(tiles: Tiles, p: int) -> Tiles:
+    """Without a state to carry in registers there is room for more channels of float32."""
+    return tiles._replace(BP=_channels(p, 64)) if tiles.precise and tiles.BN <= 128 else tiles
+
+
+def _channels(p: int, most: int) -> int:
+    return max(min(triton.next_power_of_2(p), most), 16)
 
 
 def plan(programs: int, chunks: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.ssd.configs import choose, split_heads
+from ssmscan.ops.ssd.configs import choose, gradient_tiles, split_heads
 from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import gradients
 from ssmscan.ops.ssd.kernel_steps import step_gradients, steps
@@ -90,19 +90,21 @@ def scan_gradients(
     groups, n = B.shape[2:]
     ddt = dt.new_empty(dt.shape)
     tiles = choose(x, n, backward=True)
+    wide = gradient_tiles(tiles, p)
     chunked = None if h0 is None else table(sequence, h0, tiles, reverse)
     chunks = -(-l // tiles.Q) if chunked is None else chunked.shape[1]
     of_heads, splits = split_heads(batch * chunks * groups, heads // groups)
     # Without tokens or channels no kernel runs.
     new = x.new_empty if x.numel() > 0 else x.new_zeros
-    # Each chunk gives a part of the gradients of A, D and dt_bias, each split of the heads one of those of B and C.
-    dAs, dbiases = new((2, batch, chunks, heads), dtype=torch.float32)
-    dDs = new((batch, chunks, *(() if D is None else D.shape)), dtype=torch.float32)
+    # Each chunk gives a part of the gradients of A, dt_bias and D, each split of the heads one of those of B and C.
+    of_head = new((3, batch, chunks, heads), dtype=torch.float32)
+    dAs, dbiases, dDs = of_head
+    by_head, by_channel = (D is not None and D.dim() == axes for axes in (1, 2))
+    of_channel = new((batch, chunks, heads, p) if by_channel else (0,), dtype=torch.float32)
     dBs, dCs = new((2, splits, batch, l, groups, n), dtype=torch.float32)
     if x.numel() > 0:
         xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
         rate, bias = float32(A), float32(dt_bias)
-        by_head, by_channel = (D is not None and D.dim() == axes for axes in (1, 2))
         at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
         states, adjoints = x.new_empty(2, at_once, chunks, heads, p, n, dtype=tiles.dtype)
         for begin in range(0, batch, at_once):
@@ -121,27 +123,27 @@ def scan_gradients(
             )  # fmt: skip
             flows = gradients(
                 x_, dy_, B_, C_, D, chunked, sizes, states, adjoints, dx[part], dBs[:, part], dCs[:, part],
-                dDs[part] if by_channel else None, tiles, reverse, of_heads, shift,
+                of_channel[part] if by_channel else None, wide, reverse, of_heads, shift,
                 None if added is None else added[part],
             )  # fmt: skip
             step_gradients(
                 dt_, rate, bias, chunked, sizes, flows, ddt[part], dAs[part], dbiases[part],
-                dDs[part] if by_head else None, tiles, options, reverse,
+                dDs[part] if by_head else None, wide, options, reverse,
             )  # fmt: skip
             # Before the next rows have theirs.
             del sizes, flows, y
         # Not while the sums are made.
         del states, adjoints
-    dA, dD, dbias = (_sum(parts, (0, 1), like) for parts, like in ((dAs, A), (dDs, D), (dbiases, dt_bias)))
-    return ddt, dA, _sum(dBs, (0,), B), _sum(dCs, (0,), C), dD, dbias
+    # Sums in a fixed order, so always the same.
+    dA, dbias, dD = of_head.sum((1, 2))
+    dB, dC = (v[0] if splits == 1 else v.sum(0) for v in (dBs, dCs))
+    if by_channel:
+        dD = of_channel.sum((0, 1))
+    return ddt, *(_like(v, t) for v, t in ((dA, A), (dB, B), (dC, C), (dD, D), (dbias, dt_bias)))
 
 
-def _sum(parts: Tensor, axes: tuple[int, ...], like: Tensor | None) -> Tensor:
-    """In a fixed order, so always the same."""
-    if like is None:
-        return parts.new_empty(0)
-    total = parts[0] if axes == (0,) and parts.shape[0] == 1 else parts.sum(axes)
-    return like.new_empty(like.shape).copy_(total)
+def _like(total: Tensor, like: Tensor | None) -> Tensor:
+    return total.new_empty(0) if like is None else like.new_empty(like.shape).copy_(total)
 
 
 def gate(dy: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def ssd_state_gradients(
         left *= tl.load(deltas + row * Q + q)
         arriving = tl.zeros((Q,), tl.float32)
         flow = tl.zeros((BP,), tl.float32)
-        for block in tl.static_range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
             inside = True if EVEN_P else p < P
             kept = ((batch * chunks + chunk) * H + wide) * P * N
@@ -121,7 +121,7 @@ def ssd_chunk_gradients(
         added += batch * L * H * P + first * dx_time
     dBC = tl.zeros((Q, Q), tl.float32)
     diagonal = q[:, None] == q[None, :]
-    after = (q[:, None] <= q[None, :]).to(DOT)
+    after = (q[:, None] <= q[None, :]).to(tl.float32)
     for head in tl.range(begin, end, num_stages=STAGES):
         wide = tl.cast(head, tl.int64)
         row = (batch * H + wide) * chunks + chunk
@@ -132,7 +132,7 @@ def ssd_chunk_gradients(
         products = tl.zeros((Q, Q), tl.float32)
         onward = tl.zeros((Q,), tl.float32)
         past = tl.zeros((Q,), tl.float32)
-        for block in tl.static_range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
             inside = True if EVEN_P else p < P
             xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
@@ -166,7 +166,8 @@ def ssd_chunk_gradients(
         tl.store(own + row * Q + q, tl.sum(products, 1) + onward)
         # Over decay t flows what comes from tokens before t to those from t on: of a pair, of the entering state, to
         # the leaving one. Sums of just these: where the decay is 0 they are 0 too. Here t is the row.
-        flows = tl.dot(after, tl.trans((products * delta[:, None]).to(DOT)), input_precision=PRECISION)
+        # Not rounded to DOT: the gradient of A is a sum of these, in which they may cancel.
+        flows = tl.dot(after, tl.trans(products * delta[:, None]), input_precision=PRECISION)
         arriving = tl.load(into + row * Q + q)
         flows = tl.where(q[:, None] > q[None, :], flows + (onward * delta)[None, :], arriving[None, :])
         tl.store(crossing + row * Q + q, tl.sum(flows, 1))
