@@ -13,6 +13,8 @@ import torch
 from ssmscan.backend import choose, why_not
 from ssmscan.ops import decoding
 from ssmscan.ops.causal_conv1d.case import CASE as CAUSAL_CONV1D
+from ssmscan.ops.linear_scan.case import CASE as LINEAR_SCAN
+from ssmscan.ops.matrix_scan.case import CASE as MATRIX_SCAN
 from ssmscan.ops.rg_lru.case import CASE as RG_LRU
 from ssmscan.ops.s4d.case import CASE as S4D
 from ssmscan.ops.selective_scan.case import CASE as SELECTIVE_SCAN
@@ -20,12 +22,19 @@ from ssmscan.ops.ssd.case import CASE as SSD
 from ssmscan.ops.ssd.case import ELEMENTWISE
 from ssmscan.testing import rms_ratio
 
-CASES = (CAUSAL_CONV1D, RG_LRU, SELECTIVE_SCAN, SSD, S4D)
-OPTIONS = [(case, option) for case in CASES for option in case.options if option.name != "conv, complex"]
+CASES = (CAUSAL_CONV1D, LINEAR_SCAN, MATRIX_SCAN, RG_LRU, SELECTIVE_SCAN, SSD, S4D)
+OPTIONS = [
+    (case, option)
+    for case in CASES
+    for option in case.options
+    if case.has(option, "step") and option.name != "conv, complex"
+]
 OPTIONS += [(SSD, ELEMENTWISE)]
 # Beside the cases' own: several programs of a channel axis, and tiles without a mask.
 SIZES = {
     "causal_conv1d": ({"b": 2, "d": 130, "w": 2}, {"b": 1, "d": 128, "w": 8}),
+    "linear_scan": ({"b": 2, "d": 130},),
+    "matrix_scan": ({"b": 2, "r": 9, "c": 64}, {"b": 2, "r": 2, "c": 514}),
     "rg_lru": ({"b": 2, "d": 130},),
     "selective_scan": ({"b": 2, "d": 66, "n": 16}, {"b": 1, "d": 6, "n": 256}, {"b": 1, "d": 514, "n": 1}),
     "ssd": ({"b": 1, "h": 2, "p": 35, "g": 1, "n": 128}, {"b": 2, "h": 1, "p": 1, "g": 1, "n": 300}),
@@ -126,13 +135,12 @@ def test_all_in_half_precision(case, option, dtype, device, launches, poisoned):
     _check(case, option, given, h, launches)
 
 
-EXTREMES = [(case, extreme) for case in CASES for extreme in case.extremes]
+EXTREMES = [(case, option, extreme) for case, option in OPTIONS for extreme in case.extremes]
 
 
-@pytest.mark.parametrize(("case", "extreme"), EXTREMES, ids=lambda value: str(getattr(value, "name", value)))
-def test_extremes(case, extreme, device, launches):
-    given, h = _token(case, case.options[0], {}, torch.float32, device, extreme)
-    _check(case, case.options[0], given, h, launches)
+@pytest.mark.parametrize(("case", "option", "extreme"), EXTREMES, ids=lambda value: getattr(value, "name", value))
+def test_extremes(case, option, extreme, device, launches):
+    _check(case, option, *_token(case, option, {}, torch.float32, device, extreme), launches)
 
 
 def _placed(tensor, backwards):
@@ -275,8 +283,8 @@ def _far_apart(name, device):
     case = next(case for case in CASES if case.name == name)
     step = 2**30 + 2**16
     buffer = torch.empty(2 * step + 2**16, device=device)
-    for option in case.options[:2]:
-        given, h = _token(case, option, dict.fromkeys("bdhpngw", 3), torch.float32, device)
+    for option in [option for other, option in OPTIONS if other is case][:2]:
+        given, h = _token(case, option, dict.fromkeys("bdhpngwrc", 3), torch.float32, device)
         y, expected_h = None, h.clone()
         expected = case.step(**given, **option.keywords, h=expected_h)
         for axis in range(h.dim()):

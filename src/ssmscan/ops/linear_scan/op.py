@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.linear_scan import autograd, chunked, reference
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -115,6 +116,8 @@ def linear_scan_step(
     """
     decay, log = _check("linear_scan_step", "b, d", x, a, b, c, log_a, h)
     check_state("linear_scan_step", "h", h, "b, d", tuple(x.shape), state_dtype(x, decay, b, c))
+    if fused("linear_scan_step", h, x, decay, b, c):
+        return autograd.linear_scan_step(x, decay, b, c, h, log)
     return reference.linear_scan_step(x, decay, b, c, h, log)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
+from ssmscan.ops.registration import define, define_step, differentiate, loader, needs_grad, observed
 from ssmscan.shapes import state_dtype
 
 # Steps between two of the states that the forward saves for the backward.
@@ -16,6 +16,7 @@ _load = loader(
     {
         ("triton", "forward"): "kernel_fwd",
         ("triton", "backward"): "kernel_bwd",
+        ("triton", "step"): "kernel_step",
         ("cpu", "forward"): "cpu",
         ("cpu", "backward"): "cpu",
     },
@@ -95,3 +96,5 @@ define(
     _fake_backward,
 )
 differentiate("matrix_scan_saving", _setup, _differentiate, "matrix_scan_backward")
+
+matrix_scan_step = define_step("matrix_scan_step(Tensor x, Tensor log_a, Tensor(a!) h) -> Tensor", _load)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.decoding import fused
 from ssmscan.ops.matrix_scan import autograd, chunked, reference
 from ssmscan.ops.packing import check_cu_seqlens, first_tokens, pack
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -115,6 +116,8 @@ def matrix_scan_step(
     """
     _check("matrix_scan_step", "b, r, c", x, log_a, None, h)
     check_state("matrix_scan_step", "h", h, "b, r, c", tuple(x.shape), state_dtype(x, log_a))
+    if fused("matrix_scan_step", h, x, log_a):
+        return autograd.matrix_scan_step(x, log_a, h)
     return reference.matrix_scan_step(x, log_a, h)
 
 
