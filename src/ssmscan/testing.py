@@ -31,7 +31,7 @@ Feature = Literal[
 ]
 
 # So few elements do not even out the chance of one sum.
-FEW = 4
+FEW = 8
 # Incoming gradients over which the typical size of such a sum is taken.
 DRAWS = 8
 # Largest root-mean-square error over the root-mean-square of the float64 oracle.
