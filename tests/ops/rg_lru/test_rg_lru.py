@@ -14,12 +14,12 @@ from ssmscan.testing import Setting, Standard, assert_close
 
 BACKENDS = [name for name in ("reference", *CASE.backends) if why_not(name, "cpu", torch.float32) is None]
 INTERPRETED = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton interprets only where there is no GPU")
-SIZE = {"b": 1, "l": 50, "d": 3}
+SIZE = {"b": 1, "l": 100, "d": 3}
 SETTINGS = (
     Setting("h0", h0=True),
     Setting("reverse", h0=True, reverse=True),
-    Setting("packed", h0=True, lengths=(0, 20, 1, 0, 29)),
-    Setting("packed reverse", h0=True, reverse=True, lengths=(16, 0, 17, 17)),
+    Setting("packed", h0=True, lengths=(0, 20, 1, 0, 79)),
+    Setting("packed reverse", h0=True, reverse=True, lengths=(64, 0, 17, 19)),
 )
 
 
@@ -78,7 +78,7 @@ def test_segments(monkeypatch, setting):
     from ssmscan.ops.rg_lru import kernel_bwd, kernel_fwd
 
     for module in (kernel_fwd, kernel_bwd):
-        monkeypatch.setattr(module, "plan", lambda batch, l, d, BD, *_: Plan(-(-d // BD), 16, -(-l // 16)))
+        monkeypatch.setattr(module, "plan", lambda batch, l, d, BD, _, rows=16: Plan(-(-d // BD), rows, -(-l // rows)))
     call = CASE.call(ALL, SIZE, setting).cast(torch.float32)
     standard = Standard.of(call)
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)

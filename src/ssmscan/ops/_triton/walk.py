@@ -6,6 +6,10 @@ scan only starts at the other end and takes negative steps.
 
 With too few walkers to fill the device the sequence is cut into segments. A first launch summarises each segment as
 h -> P·h + S, and each walker composes the summaries of the segments before its own, always in the same order.
+
+Where a step takes much arithmetic, one warp for 32 channels cannot issue it as fast as memory delivers. Then a tile has
+two bands of 16 steps, laid side by side: 16 rows of 2·BD lanes, each band in warps of its own. A band is summarised as
+a segment is, and the summaries are exchanged once a tile.
 """
 
 from typing import NamedTuple, overload
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import Kernel
 
-# Steps in a tile, and between two states that a forward keeps for its backward.
+# Steps in a band of a tile, and between two states that a forward keeps for its backward.
 ROWS = 16
 # Warps that keep a Hopper GPU busy: four for each multiprocessor, twice that when segments are so short that waiting
 # for the first tiles counts.
@@ -35,13 +39,13 @@ class Plan(NamedTuple):
     segments: int
 
 
-def plan(batch: int, l: int, d: int, BD: int, warps: int) -> Plan:
-    """Segments long enough to be worth their summary, and enough of them to fill the device."""
+def plan(batch: int, l: int, d: int, BD: int, warps: int, rows: int = ROWS) -> Plan:
+    """Segments long enough to be worth their summary, and enough of them to fill the device; a tile has ``rows``."""
     blocks = -(-d // BD)
     wanted = max(WARPS // (batch * blocks * warps), 1)
     if wanted > 1 and l < wanted * SHORT_SEGMENT:
         wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
-    length = max(-(-l // (wanted * ROWS)), 1) * ROWS
+    length = max(-(-l // (wanted * rows)), 1) * rows
     return Plan(blocks, length, max(-(-l // length), 1))
 
 
@@ -125,7 +129,11 @@ def rows(tile, BD: tl.constexpr):
 def load_tile(
     pointer, offset, exists, channels, D, OTHER: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16])."""
+    """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16]).
+
+    With 32 offsets, the 16 rows of two bands: the channels of the first 16 beside those of the last.
+    """
+    BANDS: tl.constexpr = offset.shape[0] // 16
     pointers = pointer + (offset[:, None] + channels[None, :])
     if not WHOLE:
         tile = tl.load(pointers, mask=exists[:, None] & (channels < D)[None, :], other=OTHER)
@@ -133,7 +141,8 @@ def load_tile(
         tile = tl.load(pointers)
     else:
         tile = tl.load(pointers, mask=(channels < D)[None, :], other=OTHER)
-    return rows(tile, BD)
+    tile = tl.reshape(tl.permute(tl.reshape(tile, [BANDS, 16, BD]), (1, 0, 2)), [16, BANDS * BD])
+    return rows(tile, BANDS * BD)
 
 
 @triton.jit
@@ -152,8 +161,11 @@ def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
     """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
+    BANDS: tl.constexpr = offset.shape[0] // 16
     pointers = pointer + (offset[:, None] + channels[None, :])
-    tile = tl.trans(glue(_glue8(values, 0, BD), _glue8(values, 8, BD), BD, 16)).to(pointer.dtype.element_ty)
+    tile = glue(_glue8(values, 0, BANDS * BD), _glue8(values, 8, BANDS * BD), BANDS * BD, 16)
+    tile = tl.reshape(tl.permute(tl.reshape(tile, [BANDS, BD, 16]), (0, 2, 1)), [BANDS * 16, BD])
+    tile = tile.to(pointer.dtype.element_ty)
     if not WHOLE:
         tl.store(pointers, tile, mask=exists[:, None] & (channels < D)[None, :])
     elif EVEN:
@@ -170,7 +182,7 @@ def channel_sums(values, BD: tl.constexpr):
 
 @triton.jit
 def edges(sequence, t, row, step, L, LAST: tl.constexpr):
-    """Which of the positions t + row are the first (LAST: the last) of their packed sequence, in scan order; [16]."""
+    """Which of the positions t + row are the first (LAST: the last) of their packed sequence, in scan order."""
     position = t + row
     here = tl.load(sequence + position * step, mask=position < L, other=-1)
     beyond = position + 1 if LAST else position - 1
@@ -181,19 +193,40 @@ def edges(sequence, t, row, step, L, LAST: tl.constexpr):
 
 @triton.jit
 def bits(flags):
-    """Sixteen flags as the bits of one number."""
-    return tl.sum(tl.where(flags, 1 << tl.arange(0, 16), 0), 0)
+    """At most 32 flags as the bits of one number."""
+    return tl.sum(tl.where(flags, 1 << tl.arange(0, flags.shape[0]), 0), 0)
 
 
 @triton.jit
 def gather_states(states, owner, flags, flag_bits, channels, D, BD: tl.constexpr):
-    """For each of 16 rows, its sequence's state where flagged; most tiles have no flag, and load nothing."""
+    """For each row of a tile, its sequence's state where flagged; most tiles have no flag, and load nothing."""
     if flag_bits != 0:
         found = load_tile(states, owner * D, flags, channels, D, 0.0, BD, False, False)
     else:
-        z = tl.zeros((BD,), states.dtype.element_ty)
+        z = tl.zeros((owner.shape[0] // 16 * BD,), states.dtype.element_ty)
         found = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
     return found
+
+
+@triton.jit
+def enter_bands(h, product, band_product, band_total, first, BD: tl.constexpr):
+    """Chain the summaries h -> P·h + S of two bands: the state that enters each lane's; h and product after both.
+
+    ``first`` has 16 bits for each band: where a packed sequence starts, nothing that enters leaves, not even NaN.
+    """
+    # Joined, they pass between the warps at once.
+    pairs = tl.permute(tl.reshape(tl.join(band_product, band_total), [2, BD, 2]), (1, 2, 0))
+    early, late = tl.split(pairs)
+    early_product, early_total = tl.split(early)
+    late_product, late_total = tl.split(late)
+    if first is None:
+        middle = tl.fma(early_product, h, early_total)
+        last = tl.fma(late_product, middle, late_total)
+    else:
+        middle = tl.where(first & 0xFFFF != 0, 0.0, early_product * h) + early_total
+        last = tl.where(first >> 16 != 0, 0.0, late_product * middle) + late_total
+    entering = tl.reshape(tl.permute(tl.join(h, middle), (1, 0)), [2 * BD])
+    return entering, last, product * early_product * late_product
 
 
 @triton.jit

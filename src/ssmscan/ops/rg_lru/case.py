@@ -36,7 +36,7 @@ CASE = OpCase(
     op=rg_lru,
     inputs=_inputs,
     options=(ALL,),
-    sizes=({"b": 2, "l": 19, "d": 5}, {"b": 1, "l": 16, "d": 33}, {"b": 3, "l": 1, "d": 1}),
+    sizes=({"b": 2, "l": 35, "d": 5}, {"b": 1, "l": 16, "d": 65}, {"b": 3, "l": 1, "d": 1}),
     sequence=("x", "input_gate", "recurrence_gate"),
     channelwise=("x", "input_gate", "recurrence_gate"),
     wide=("a_param",),
@@ -52,13 +52,13 @@ CASE = OpCase(
         "closed gates": _gates(-12.0),
         "open gates": _gates(50.0),
     },
-    # Around the 16 steps between two saved states, and the channels of a program.
+    # Around the 16 steps between two saved states, the 32 of a tile, and the channels of a program.
     large=(
         {"b": 2, "l": 100, "d": 33},
         {"b": 3, "l": 1, "d": 64},
         {"b": 1, "l": 15, "d": 130},
         {"b": 2, "l": 16, "d": 1},
-        {"b": 2, "l": 17, "d": 64},
+        {"b": 2, "l": 49, "d": 64},
         {"b": 1, "l": 4099, "d": 33},
         {"b": 2, "l": 4099, "d": 130},
     ),

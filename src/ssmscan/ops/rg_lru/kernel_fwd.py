@@ -13,6 +13,7 @@ from ssmscan.ops._triton.walk import (
     bits,
     channels_last,
     edges,
+    enter_bands,
     enter_segment,
     gather_states,
     launch,
@@ -44,36 +45,53 @@ def decay_and_gain(gate, rate):
 @triton.jit
 def _tile(
     x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
-    x_step, i_step, r_step, direction, t, L, channels, D,
+    x_step, i_step, r_step, direction, t, L, channels, lanes, D,
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Walk the 16 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
+    """Walk the 32 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
     t = tl.cast(t, tl.int64)
-    row = tl.arange(0, 16).to(tl.int64)
+    row = tl.arange(0, 32).to(tl.int64)
     exists = t + row < L
-    if states is not None:
-        tl.store(states + t // 16 * D + channels, h, mask=channels < D)
     xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     # A closed gate keeps the state.
     grs = load_tile(
         recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
+    band = tl.arange(0, 2 * BD) // BD
+    first = None
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
         first = bits(starts)
-        entering = gather_states(h0, owner, starts, first, channels, D, BD)
-    hs = ()
+        here = first >> (16 * band)
+        initial = gather_states(h0, owner, starts, first, channels, D, BD)
+    # Each band walks from the state 0, which tells what it makes of the one that enters it.
+    decays = ()
+    inputs = ()
+    band_product = tl.full((2 * BD,), 1.0, tl.float32)
+    total = tl.zeros((2 * BD,), tl.float32)
     for i in tl.static_range(16):
         if sequence is not None:
-            h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
-            product = tl.where((first >> i) & 1 != 0, 0.0, product)
+            started = (here >> i) & 1 != 0
+            total = tl.where(started, initial[i].to(tl.float32), total)
+            band_product = tl.where(started, 0.0, band_product)
         a, gain, _ = decay_and_gain(sigmoid(grs[i].to(tl.float32)), rate)
-        h = a * h + gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
-        product *= a
-        hs = hs + (h,)
+        u = gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
+        total = tl.fma(a, total, u)
+        band_product *= a
+        decays = decays + (a,)
+        inputs = inputs + (u,)
+    state, h, product = enter_bands(h, product, band_product, total, first, BD)
+    if states is not None:
+        tl.store(states + (t // 16 + band) * D + lanes, state, mask=(lanes < D) & (t + 16 * band < L))
     if not SUMMARY:
+        hs = ()
+        for i in tl.static_range(16):
+            if sequence is not None:
+                state = tl.where((here >> i) & 1 != 0, initial[i].to(tl.float32), state)
+            state = tl.fma(decays[i], state, inputs[i])
+            hs = hs + (state,)
         step = direction * D
         store_tile(y + t * step, row * step, exists, hs, channels, D, BD, EVEN, WHOLE)
         if sequence is not None:
@@ -93,12 +111,14 @@ def rg_lru_forward(
     """The recurrence over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     # The batch may exceed what the other axes of a grid can count.
     channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    # The channels of both bands' lanes.
+    lanes = tl.program_id(0) % blocks * BD + tl.arange(0, 2 * BD) % BD
     inside = channels < D
     segment = tl.program_id(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     begin = segment * length
     end = min(begin + length, L)
-    whole = begin + (end - begin) // 16 * 16
+    whole = begin + (end - begin) // 32 * 32
     summary_row = batch * segments * D
 
     # Positions count in scan order; a reversed scan starts at the last token and takes negative steps.
@@ -113,7 +133,7 @@ def rg_lru_forward(
     if states is not None:
         states += batch * tl.cdiv(L, 16) * D
 
-    rate = open_gate_rate(a_param, channels, D)
+    rate = open_gate_rate(a_param, lanes, D)
     h = tl.zeros((BD,), tl.float32)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
@@ -124,17 +144,17 @@ def rg_lru_forward(
                 h, products + summary_row, totals + summary_row, sequence, segment, segments, direction, length, L,
                 channels, D, BD, False,
             )  # fmt: skip
-    for t in tl.range(begin, whole, 16, num_stages=STAGES):
+    for t in tl.range(begin, whole, 32, num_stages=STAGES):
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            t, L, channels, D, SUMMARY, BD, EVEN, True,
+            t, L, channels, lanes, D, SUMMARY, BD, EVEN, True,
         )  # fmt: skip
     if whole < end:
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            whole, L, channels, D, SUMMARY, BD, EVEN, False,
+            whole, L, channels, lanes, D, SUMMARY, BD, EVEN, False,
         )  # fmt: skip
 
     if SUMMARY:
@@ -167,7 +187,8 @@ def forward(
     a_param = a_param.contiguous()
     h0 = None if h0 is None else h0.contiguous()
     config = FORWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
+    # The warps of both bands walk the same channels.
+    blocks, length, segments = plan(batch, l, d, config.BD, config.warps // 2, 2 * ROWS)
     strides = batch_and_time(x, input_gate, recurrence_gate)
     integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
     launch(
