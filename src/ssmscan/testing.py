@@ -327,17 +327,17 @@ class Standard:
     sums: Mapping[str, float]
 
     @classmethod
-    def of(cls, call: Call) -> "Standard":
-        """The oracle reads the same rounded inputs and incoming gradients as ``call``, in float64."""
+    def of(cls, call: Call, device: str = "cpu") -> "Standard":
+        """The oracle reads the same rounded inputs and incoming gradients as ``call``, in float64.
+
+        The call is on the CPU, where float64 and loops over tokens are quicker than on a GPU. Its reference runs on
+        ``device``: whose exponentials are what another backend there can be held to.
+        """
         cotangents = draw_cotangents(call.run("reference"))
         wide = call.cast(torch.float64)
         oracle = wide.differentiate("reference", {name: _widen(tensor) for name, tensor in cotangents.items()})
-        return cls(cotangents, oracle, call.differentiate("reference", cotangents), _sums(wide))
-
-    def to(self, device: str) -> "Standard":
-        """The same on another device. Loops over tokens are quicker on a CPU, and leave a GPU to what is judged."""
-        cotangents, oracle, reference = (_moved(v, device) for v in (self.cotangents, self.oracle, self.reference))
-        return Standard(cotangents, oracle, reference, self.sums)
+        there = _moved(cotangents, device)
+        return cls(there, _moved(oracle, device), call.to(device).differentiate("reference", there), _sums(wide))
 
     def judge(self, values: Mapping[str, Tensor], case: OpCase, dtype: torch.dtype) -> None:
         """Each of ``values`` is within its bounds, where the oracle is finite."""

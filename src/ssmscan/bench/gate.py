@@ -22,7 +22,7 @@ def check_small(case: OpCase, benchmark: Benchmark, backend: str, device: str) -
     size = small(benchmark.size)
     for length in (size["l"], max(1, size["l"] - RAGGED)):
         call = case.call(benchmark.option, {**size, "l": length}).cast(benchmark.dtype)
-        standard = Standard.of(call).to(device)
+        standard = Standard.of(call, device)
         standard.judge(call.to(device).differentiate(backend, standard.cotangents), case, benchmark.dtype)
 
 

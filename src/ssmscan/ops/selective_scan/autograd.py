@@ -7,7 +7,7 @@ from ssmscan.ops.registration import define, define_step, differentiate, loader,
 from ssmscan.shapes import state_dtype
 
 # Steps between two of the states that the forward saves for the backward.
-SPAN = 96
+SPAN = 104
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, "

@@ -105,15 +105,15 @@ CASE = OpCase(
     large=(
         {"b": 2, "l": 100, "d": 66, "n": 16},
         {"b": 3, "l": 1, "d": 64, "n": 16},
-        {"b": 1, "l": 127, "d": 130, "n": 5},
-        {"b": 2, "l": 128, "d": 1, "n": 1},
-        {"b": 2, "l": 129, "d": 64, "n": 17},
+        {"b": 1, "l": 103, "d": 130, "n": 5},
+        {"b": 2, "l": 104, "d": 1, "n": 1},
+        {"b": 2, "l": 105, "d": 64, "n": 17},
         {"b": 1, "l": 70, "d": 34, "n": 256},
         {"b": 1, "l": 4099, "d": 34, "n": 16},
         {"b": 2, "l": 4099, "d": 130, "n": 16},
     ),
-    # The saved states, the backward's scratch, and the sums of dB and dC over 64 channels each.
-    peak_memory=1.34,
+    # The saved states, the backward's scratch, and the sums of dB and dC over 64 channels each: as much as one input.
+    peak_memory=1.332,
     floor_ms=_exponentials,
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 4096, "d": 4096, "n": 16}, UNGATED),

@@ -392,6 +392,8 @@ def backward(
         )
         if partial is not None:
             torch.sum(partial[: x_.shape[0]], 2, out=dBC_)
+    # Not while dB and dC are put in order.
+    del scratch, partial
     gradients = [dx, ddt, dA, None, None, dD, dz, ddt_bias]
     if dBC is not None:
         gradients[3:5] = (
