@@ -6,12 +6,11 @@ With u the normalised input (x·silu(z), or x), n = u·r for r = 1/sqrt(mean(u²
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops.gated_rms_norm.configs import BACKWARD, plan
 from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_rows, store_rows
 
@@ -86,15 +85,15 @@ def backward(
         return dx, dweight.zero_(), dz
     x, dy, z = as_rows(x), as_rows(dy), None if z is None else as_rows(z)
     n, d = x.shape
-    padded = triton.next_power_of_2(size)
-    row_bytes = padded * (2 * x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages = plan(BACKWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
+    width = padded(size)
+    row_bytes = width * (2 * x.element_size() + (0 if z is None else z.element_size()))
+    groups, rows, walkers, warps, stages = plan(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),
         (x, weight.contiguous(), z, dy, dx if needs[0] else None, partial, dz if needs[2] else None),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
-        (eps, norm_before_gate, rows, padded, size == padded, stages),
+        (eps, norm_before_gate, rows, width, size == width, stages),
         warps,
     )
     if partial is not None:

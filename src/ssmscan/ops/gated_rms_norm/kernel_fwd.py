@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.gated_rms_norm.configs import FORWARD, plan
 
@@ -71,14 +71,14 @@ def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, 
         return y
     x, z = as_rows(x), None if z is None else as_rows(z)
     n, d = x.shape
-    padded = triton.next_power_of_2(size)
-    row_bytes = padded * (x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages = plan(FORWARD[x.dtype.itemsize], n, d // size, padded, row_bytes)
+    width = padded(size)
+    row_bytes = width * (x.element_size() + (0 if z is None else z.element_size()))
+    groups, rows, walkers, warps, stages = plan(FORWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     gated_rms_norm_forward.launch(
         (groups * walkers, 1, 1),
         (x, weight.contiguous(), z, y),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0)),
-        (eps, norm_before_gate, rows, padded, size == padded, stages),
+        (eps, norm_before_gate, rows, width, size == width, stages),
         warps,
     )
     return y

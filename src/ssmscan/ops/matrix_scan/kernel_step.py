@@ -1,12 +1,11 @@
 """The decode step of matrix_scan in one launch."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssmscan.ops._triton.activation import exp
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 
 # Elements of a program, over its rows; a thread takes four, 16 bytes of the state.
 ELEMENTS = 512
@@ -39,8 +38,8 @@ def step(x: Tensor, log_a: Tensor, h: Tensor) -> Tensor:
     batch, r, c = x.shape
     y = x.new_empty(batch, r, c)
     if y.numel() > 0:
-        BC = min(ELEMENTS, triton.next_power_of_2(c))
-        BR = min(ELEMENTS // BC, triton.next_power_of_2(r))
+        BC = min(ELEMENTS, padded(c))
+        BR = min(ELEMENTS // BC, padded(r))
         matrix_scan_token.launch(
             (batch * -(-r // BR) * -(-c // BC), 1, 1),
             (x, log_a, h, y),

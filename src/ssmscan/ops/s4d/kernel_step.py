@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops.s4d.kernel_system import multiply
 
 # States of a program, over its channels, of each batch row; a thread takes four.
@@ -137,7 +137,7 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | Non
     y = x.new_empty(batch, d)
     if y.numel() > 0:
         PARTS = 1 + A.is_complex()
-        N = triton.next_power_of_2(max(n, 1))
+        N = padded(n)
         BD = max(STATES // N, 1)
         blocks = -(-d // BD)
         rows = max(batch * blocks // PROGRAMS, 1)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops.s4d.system import CHUNK
 
 WARPS = 8
@@ -160,7 +160,7 @@ def s4d_system_backward(
 
 def block(n: int) -> int:
     """The columns of a tile of n states."""
-    return max(triton.next_power_of_2(n), 16)
+    return max(padded(n), 16)
 
 
 def system(z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, states: slice) -> System:

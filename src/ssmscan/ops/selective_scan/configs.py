@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from ssmscan.ops._triton.launch import padded
+
 # A program of the forward of more states than 16 divides them among its warps.
 STATES = 16
 
@@ -33,7 +35,7 @@ FORWARD = Config(BD=32, warps=1, stages=3, programs=2112)
 
 def forward_tile(n: int) -> tuple[int, int]:
     """The states of a tile for n, a power of two, and the warps of a program."""
-    N = max(STATES, 1 << (n - 1).bit_length())
+    N = max(STATES, padded(n))
     return N, FORWARD.warps * (N // STATES)
 
 
@@ -41,6 +43,6 @@ def backward_config(n: int) -> BackwardConfig:
     """For n states; a lane holds four of each of ``repeats`` channels."""
     if n <= 16:
         return BackwardConfig(states=16, BD=64, repeats=2, warps=4, programs=264, kept=4)
-    states = 1 << (n - 1).bit_length()
+    states = padded(n)
     repeats = 2 if states < 256 else 4
     return BackwardConfig(states, 32, repeats, warps=states // (4 * repeats), programs=264, kept=1)

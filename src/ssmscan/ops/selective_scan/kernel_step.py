@@ -1,12 +1,11 @@
 """The decode step of selective_scan in one launch."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssmscan.ops._triton.activation import exp, sigmoid, softplus
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 
 # States of a program, over its channels; a thread takes four, 16 bytes.
 STATES = 512
@@ -73,7 +72,7 @@ def step(
     y = x.new_empty(batch, d)
     if y.numel() > 0:
         D, dt_bias = (t if t is None else t.contiguous() for t in (D, dt_bias))
-        N = triton.next_power_of_2(n)
+        N = padded(n)
         BD = max(STATES // N, 1)
         selective_scan_token.launch(
             (batch * groups * -(-d // groups // BD), 1, 1),

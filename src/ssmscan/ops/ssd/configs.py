@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+from ssmscan.ops._triton.launch import padded
 
 # Programs of four warps that keep a Hopper GPU busy: two for each multiprocessor.
 PROGRAMS = 264
@@ -64,7 +65,7 @@ def _narrow(tiles: Tiles, config: Config) -> Config:
 def choose(x: Tensor, n: int, backward: bool) -> Tiles:
     """The state's tile stays in registers; each product in float32 takes three, of operands in two parts."""
     exact = x.dtype.itemsize == 4
-    BN = max(triton.next_power_of_2(n), 16)
+    BN = max(padded(n), 16)
     BP = _channels(x.shape[3], min((4096 if exact else 8192) // BN, 32 if exact else 64))
     if x.device.type == "cuda":
         return Tiles(x.dtype, DOTS[x.dtype], exact, 32 if exact and not backward else 64, BP, BN)
@@ -78,7 +79,7 @@ def gradient_tiles(tiles: Tiles, p: int) -> Tiles:
 
 
 def _channels(p: int, most: int) -> int:
-    return max(min(triton.next_power_of_2(p), most), 16)
+    return max(min(padded(p), most), 16)
 
 
 def plan(programs: int, chunks: int) -> tuple[int, int]:

@@ -1,12 +1,11 @@
 """The decode step of ssd in one launch."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssmscan.ops._triton.activation import exp, sigmoid, softplus
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops.ssd.tiles import bounded
 
 # States of a program, over its channels; a thread takes sixteen, four times 16 bytes.
@@ -77,8 +76,8 @@ def step(
     if y.numel() > 0:
         # A D of each head is the same for its channels.
         D_strides = (0, 0) if D is None else (*D.stride(), 0)[:2]
-        N = triton.next_power_of_2(max(n, 1))
-        BP = max(min(STATES // N, triton.next_power_of_2(p)), 1)
+        N = padded(n)
+        BP = max(min(STATES // N, padded(p)), 1)
         ssd_token.launch(
             (batch * heads * -(-p // BP), 1, 1),
             (x, dt, A.contiguous(), B, C, D, z, None if dt_bias is None else dt_bias.contiguous(), h, y),
