@@ -40,7 +40,7 @@ _WALK = {
 # By whether the products are precise, and whether there are more than 128 states, of which two stages do not fit: what
 # comes from the states, and the rest.
 _GRADIENTS = {
-    (False, False): (Config(8, 3), Config(4, 1)),
+    (False, False): (Config(8, 3), Config(4, 2)),
     (False, True): (Config(8, 1), Config(4, 1)),
     (True, False): (Config(8, 1), Config(8, 1)),
     (True, True): (Config(8, 1), Config(8, 1)),

@@ -14,23 +14,26 @@ from ssmscan.ops.ssd.configs import Tiles
 from ssmscan.ops.ssd.tiles import LARGEST, bounded, place
 
 # Heads that a program takes at once.
-HEADS = 16
+HEADS = 8
 
 
 class Steps(NamedTuple):
     """Of each batch row, head, chunk and token there, in scan order; float32."""
 
     delta: Tensor  # the step sizes, (b, h, chunks, Q); 0 for tokens that do not exist, which so change no state
+    weights: Tensor  # these times the decay from the token to the chunk's end, (b, h, chunks, Q)
     sums: Tensor  # of the log-decays from the chunk's begin, (1 or 2, b, h, chunks, Q); see tiles.decays
 
 
 class Flows(NamedTuple):
     """What the gradients of the step sizes and log-decays are sums of; float32."""
 
-    own: Tensor  # the gradient of the step size as a factor of x, (b, h, chunks, Q)
-    crossing: Tensor  # that of the log-decay, (b, h, chunks, Q), but for what flows from state to state
-    through: Tensor  # which is, for each chunk, a sum of these times its decay, (b, h, chunks, some)
-    skipped: Tensor | None  # the gradient of D, (b, h, chunks, Q), if there is one for a head
+    # Of each token the gradients of the step size as a factor of x, and of the log-decay from what flows between tokens
+    # of the chunk, (b, h, chunks, Q, 2)
+    tokens: Tensor
+    into: Tensor  # what flows from the chunk's entering state into each token is a sum of these, (b, h, chunks, Q, 2)
+    through: Tensor  # and what flows to its leaving state a sum of these times its decay, (b, h, chunks, some)
+    skipped: Tensor | None  # the gradient of D is the sum of these, (b, h, chunks, 4), if there is one for a head
 
 
 @triton.jit
@@ -43,9 +46,18 @@ def _before_bounds(dt, bias, first, q, heads, exists, inside, dt_time, dt_head):
     return raw
 
 
+@triton.jit
+def _sums(pointers, values, q, mask, Q: tl.constexpr):
+    """Store the sums of ``values``, [Q, BH], up to each token, and return what is left from it to the last one."""
+    sums = tl.cumsum(values, 0)
+    tl.store(pointers, tl.trans(sums), mask=mask)
+    # The last of the sums themselves, so that nothing is left there.
+    return tl.sum(tl.where((q == Q - 1)[:, None], sums, 0.0), 0)[None, :] - sums
+
+
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_steps(
-    dt, A, bias, table, deltas, sums, L, H, chunks, part, dt_batch, dt_time, dt_head,
+    dt, A, bias, table, deltas, weights, sums, L, H, chunks, part, dt_batch, dt_time, dt_head,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
@@ -65,26 +77,26 @@ def ssd_steps(
     at = (((batch * H + heads) * chunks + chunk) * Q)[:, None] + q[None, :]
     mask = inside[:, None]
     tl.store(deltas + at, tl.trans(delta), mask=mask)
+    whole = tl.floor(log_a + 0.5) if PRECISE else log_a
+    left = _sums(sums + at, whole, q, mask, Q)
     if PRECISE:
-        whole = tl.floor(log_a + 0.5)
-        tl.store(sums + at, tl.trans(tl.cumsum(whole, 0)), mask=mask)
-        tl.store(sums + part + at, tl.trans(tl.cumsum(log_a - whole, 0)), mask=mask)
-    else:
-        tl.store(sums + at, tl.trans(tl.cumsum(log_a, 0)), mask=mask)
+        left += _sums(sums + part + at, log_a - whole, q, mask, Q)
+    tl.store(weights + at, tl.trans(delta * exp2(left)), mask=mask)
 
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_step_gradients(
-    dt, A, bias, table, deltas, sums, own, crossing, through, skipped, ddt, dA, dbias, dD,
+    dt, A, bias, table, deltas, weights, sums, tokens, into, through, skipped, ddt, dA, dbias, dD,
     L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
-    BP: tl.constexpr, BH: tl.constexpr,
+    PASSING: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of dt, and those of A, dt_bias and D for each chunk."""
     chunk = tl.program_id(0) % chunks
     heads = tl.program_id(1) * BH + tl.arange(0, BH)
     batch = (tl.program_id(0) // chunks).to(tl.int64)
-    q = tl.arange(0, Q)
+    # From the last token on: what flows into a token flows over all decays up to it.
+    q = Q - 1 - tl.arange(0, Q)
     first, count = place(table, chunk, chunks, L, Q)
     inside = heads < H
     exists = (q < count)[:, None] & inside[None, :]
@@ -98,10 +110,13 @@ def ssd_step_gradients(
     total = tl.load(sums + rows * Q + (Q - 1), mask=inside, other=0.0)
     if PRECISE:
         total += tl.load(sums + part + rows * Q + (Q - 1), mask=inside, other=0.0)
-    passing = tl.load(through + (rows * BP)[:, None] + tl.arange(0, BP)[None, :], mask=mask, other=0.0)
-    flow = tl.load(crossing + at, mask=mask, other=0.0) + (tl.sum(passing, 1) * exp2(total))[:, None]
+    passing = tl.load(through + (rows * PASSING)[:, None] + tl.arange(0, PASSING)[None, :], mask=mask, other=0.0)
+    two = 2 * at[:, :, None] + tl.arange(0, 2)
+    own, crossing = tl.split(tl.load(tokens + two, mask=mask[:, :, None], other=0.0))
+    arriving = tl.sum(tl.load(into + two, mask=mask[:, :, None], other=0.0), 2)
+    flow = crossing + tl.cumsum(arriving, 1) + (tl.sum(passing, 1) * exp2(total))[:, None]
     rate = tl.load(A + heads, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.trans(tl.load(own + at, mask=mask, other=0.0) + flow * rate[:, None])
+    gradient = tl.trans(own + flow * rate[:, None])
     gradient = tl.where(exists, gradient * slope, 0.0)
     pointers = ddt + batch * L * H + ((first + q) * ddt_time)[:, None] + heads[None, :]
     tl.store(pointers, gradient.to(ddt.dtype.element_ty), mask=exists)
@@ -110,7 +125,8 @@ def ssd_step_gradients(
     if bias is not None:
         tl.store(dbias + of_chunk, tl.sum(gradient, 0), mask=inside)
     if skipped is not None:
-        tl.store(dD + of_chunk, tl.sum(tl.load(skipped + at, mask=mask, other=0.0), 1), mask=inside)
+        parts = tl.load(skipped + 4 * rows[:, None] + tl.arange(0, 4)[None, :], mask=mask, other=0.0)
+        tl.store(dD + of_chunk, tl.sum(parts, 1), mask=inside)
 
 
 def steps(
@@ -125,16 +141,16 @@ def steps(
     """``options`` are those of softplus, and the least and largest step size."""
     batch, l, heads = dt.shape
     chunks = -(-l // tiles.Q) if table is None else table.shape[1]
-    delta = dt.new_empty(batch, heads, chunks, tiles.Q, dtype=torch.float32)
+    delta, weights = dt.new_empty(2, batch, heads, chunks, tiles.Q, dtype=torch.float32)
     sums = delta.new_empty(1 + tiles.precise, *delta.shape)
     ssd_steps.launch(
         (batch * chunks, -(-heads // HEADS), 1),
-        (from_first(dt, 1, reverse), A, bias, table, delta, sums),
+        (from_first(dt, 1, reverse), A, bias, table, delta, weights, sums),
         (l, heads, chunks, sums.stride(0), *token_strides(dt, reverse)),
         (*options, tiles.precise, tiles.Q, HEADS),
         4,
     )
-    return Steps(delta, sums)
+    return Steps(delta, weights, sums)
 
 
 def step_gradients(
@@ -161,7 +177,7 @@ def step_gradients(
         (batch * chunks, -(-heads // HEADS), 1),
         (dt, A, bias, table, *steps, *flows, ddt, dA, dbias, dD),
         (l, heads, chunks, steps.sums.stride(0), *token_strides(dt, reverse), ddt_time),
-        (*options, tiles.precise, tiles.Q, tiles.BP, HEADS),
+        (*options, tiles.precise, tiles.Q, flows.through.shape[3], HEADS),
         4,
     )
 

@@ -36,14 +36,14 @@ def _load_state(
 
 @kernel(do_not_specialize=["L", "chunks", "length", "segments"])
 def ssd_walk(
-    u, v, c, D, z, added, initial, table, deltas, sums, y, final, states, logs, totals,
-    L, H, P, N, chunks, length, segments, part,
+    u, v, c, D, z, added, initial, table, deltas, weights, sums, y, final, states, logs, totals,
+    L, H, P, chunks, length, segments, part,
     u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head, D_head, D_p, initial_batch, initial_head,
     u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
     PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, UNIFORM: tl.constexpr, ADJOINT: tl.constexpr,
     SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
-    DOT: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr,
+    EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
 
@@ -82,8 +82,7 @@ def ssd_walk(
     state_rows = p * N
     state_head = tl.cast(head, tl.int64) * P * N
     state_size = tl.cast(H, tl.int64) * P * N
-    deltas += (batch * H + head) * chunks * Q
-    sums += (batch * H + head) * chunks * Q
+    of_steps = (batch * H + head) * chunks * Q
     rows = q.to(tl.int64) if FAR else q
 
     h = tl.zeros((BP, BN), tl.float32)
@@ -112,14 +111,12 @@ def ssd_walk(
         exists = True if WHOLE else q < count
         if SHIFT and ADJOINT:
             shown = followed(table, chunk, chunks, first, count, q, L)
-            us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT)
+            us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT, True)
         else:
-            us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT)
+            us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT, True)
         vs = load_tile(v + first * v_time, rows * v_time, n, exists, N, EVEN_N, DOT)
-        at = tl.cast(chunk, tl.int64) * Q
-        pairs, entered, left, total = decays(sums + at, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
-        if not ADJOINT:
-            delta = tl.load(deltas + at + q)
+        at = of_steps + tl.cast(chunk, tl.int64) * Q
+        pairs, entered, _, total = decays(sums + at, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
         if table is not None:
             owner = tl.load(table + 2 * chunks + chunk).to(tl.int64)
             # Its sequence begins here, in the direction of this walk, or ends.
@@ -142,22 +139,22 @@ def ssd_walk(
             else:
                 cs = load_tile(c + first * c_time, rows * c_time, n, exists, N, EVEN_N, DOT)
             out = tl.dot(cs, tl.trans(h.to(DOT)), input_precision=PRECISION) * entered[:, None]
-            scores = tl.dot(cs, tl.trans(vs), input_precision=PRECISION) * (pairs * delta[None, :])
+            scores = tl.dot(cs, tl.trans(vs), input_precision=PRECISION) * (pairs * tl.load(deltas + at + q)[None, :])
             if D is not None:
                 if PER_CHANNEL:
-                    out += us.to(tl.float32) * skip[None, :]
+                    out += tl.trans(us).to(tl.float32) * skip[None, :]
                 else:
                     scores += tl.where(q[:, None] == q[None, :], skip, 0.0)
-            out = tl.dot(scores.to(DOT), us, out, input_precision=PRECISION)
+            out = tl.dot(scores.to(DOT), tl.trans(us), out, input_precision=PRECISION)
             if added is not None:
                 out += load_tile(added + first * y_time, rows * y_time, p, exists, P, EVEN_P, tl.float32)
             if z is not None:
                 gate = load_tile(z + first * z_time, rows * z_time, p, exists, P, EVEN_P, tl.float32)
                 out *= gate * sigmoid(gate)
             store_tile(y + first * y_time, rows * y_time, p, out, exists, P, EVEN_P)
-        weights = entered if ADJOINT else left * delta
-        weighted = (us.to(tl.float32) * weights[:, None]).to(DOT)
-        h = tl.dot(tl.trans(weighted), vs, h * exp2(total), input_precision=PRECISION)
+        weight = entered if ADJOINT else tl.load(weights + at + q)
+        weighted = (us.to(tl.float32) * weight[None, :]).to(DOT)
+        h = tl.dot(weighted, vs, h * exp2(total), input_precision=PRECISION)
         log += total
         # Two conditions, not one: the first is settled at compile time.
         if table is not None and final is not None:  # noqa: SIM102
@@ -214,12 +211,12 @@ def walk(
     if initial is not None and not uniform:
         initial = initial.contiguous()
     strides += (0, 0) if initial is None else initial.stride()[:2]
-    integers = (l, heads, p, n, chunks, length, segments, steps.sums.stride(0), *strides)
+    integers = (l, heads, p, chunks, length, segments, steps.sums.stride(0), *strides)
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
             *times, heads // v.shape[2], D is not None and D.dim() == 2, uniform, adjoint, summary, shift,
-            table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, tiles.BP, tiles.BN,
+            table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, n, tiles.BP, tiles.BN,
             p % tiles.BP == 0, n == tiles.BN, config.stages,
         )  # fmt: skip
 
@@ -230,14 +227,14 @@ def walk(
         # Nothing enters after the last segment, so it needs no summary.
         ssd_walk.launch(
             (batch * heads * blocks, segments - 1, 1),
-            (u, v, None, None, None, None, initial, table, steps.delta, steps.sums, None, None, None, logs, totals),
+            (u, v, None, None, None, None, initial, table, *steps, None, None, None, logs, totals),
             integers,
             constants(True),
             config.warps,
         )
     ssd_walk.launch(
         (batch * heads * blocks, segments, 1),
-        (u, v, c, D, z, added, initial, table, steps.delta, steps.sums, y, final, states, logs, totals),
+        (u, v, c, D, z, added, initial, table, *steps, y, final, states, logs, totals),
         integers,
         constants(False),
         config.warps,

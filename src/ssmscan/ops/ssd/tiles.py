@@ -70,31 +70,26 @@ def followed(table, chunk, chunks, first, count, q, L):
 
 
 @triton.jit
-def load_tile(pointer, rows, columns, exists, SIZE, EVEN: tl.constexpr, DOT: tl.constexpr):
+def load_tile(
+    pointer, rows, columns, exists, SIZE, EVEN: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
     """The tile at ``pointer + rows[:, None] + columns[None, :]``, zero where a row or column does not exist.
 
-    ``exists`` is True where all rows do.
+    ``exists`` is True where all rows do. TRANSPOSED: its transpose, for a left operand that is scaled first; with
+    ``tl.trans`` in its place the compiler takes another way through shared memory, and loads no tile ahead.
     """
-    pointers = pointer + (rows[:, None] + columns[None, :])
-    if exists is not True:
-        mask = exists[:, None] if EVEN else exists[:, None] & (columns < SIZE)[None, :]
-        tile = tl.load(pointers, mask=mask, other=0.0)
-    elif EVEN:
-        tile = tl.load(pointers)
+    if TRANSPOSED:
+        pointers = pointer + (columns[:, None] + rows[None, :])
+        mask = exists[None, :] if EVEN else exists[None, :] & (columns < SIZE)[:, None]
     else:
-        tile = tl.load(pointers, mask=(columns < SIZE)[None, :], other=0.0)
-    return tile.to(DOT)
+        pointers = pointer + (rows[:, None] + columns[None, :])
+        mask = exists[:, None] if EVEN else exists[:, None] & (columns < SIZE)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0).to(DOT)
 
 
 @triton.jit
 def store_tile(pointer, rows, columns, tile, exists, SIZE, EVEN: tl.constexpr):
     """Store where :func:`load_tile` with the same arguments would load."""
     pointers = pointer + (rows[:, None] + columns[None, :])
-    tile = tile.to(pointer.dtype.element_ty)
-    if exists is not True:
-        mask = exists[:, None] if EVEN else exists[:, None] & (columns < SIZE)[None, :]
-        tl.store(pointers, tile, mask=mask)
-    elif EVEN:
-        tl.store(pointers, tile)
-    else:
-        tl.store(pointers, tile, mask=(columns < SIZE)[None, :])
+    mask = exists[:, None] if EVEN else exists[:, None] & (columns < SIZE)[None, :]
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
