@@ -181,6 +181,16 @@ def channel_sums(values, BD: tl.constexpr):
 
 
 @triton.jit
+def zeros(pointer, channels):
+    """A row of zeros, [BD], read at ``pointer`` with a mask that is false.
+
+    What is computed from a load has its layout. To rows that come from tl.zeros alone Triton 3.6 gives layouts in which
+    each join of two of them (:func:`store_tile`) goes through shuffles or shared memory, 16 times a tile.
+    """
+    return tl.load(pointer + channels, mask=channels < 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def edges(sequence, t, row, step, L, LAST: tl.constexpr):
     """Which of the positions t + row are the first (LAST: the last) of their packed sequence, in scan order."""
     position = t + row

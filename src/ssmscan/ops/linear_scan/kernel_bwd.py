@@ -24,6 +24,7 @@ from ssmscan.ops._triton.walk import (
     load_tile,
     plan,
     store_tile,
+    zeros,
 )
 from ssmscan.ops.linear_scan.configs import BACKWARD
 
@@ -163,7 +164,7 @@ def linear_scan_backward(
     if states is not None:
         states += batch * tl.cdiv(L, 16) * D
 
-    g = tl.zeros((BD,), tl.float32)
+    g = zeros(x, channels)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if dh is not None and sequence is None:

@@ -18,6 +18,7 @@ from ssmscan.ops._triton.walk import (
     load_tile,
     plan,
     store_tile,
+    zeros,
 )
 from ssmscan.ops.linear_scan.configs import forward_config
 
@@ -109,7 +110,7 @@ def linear_scan_forward(
     if states is not None:
         states += batch * tl.cdiv(L, 16) * D
 
-    h = tl.zeros((BD,), tl.float32)
+    h = zeros(x, channels)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if h0 is not None and sequence is None:

@@ -24,6 +24,7 @@ from ssmscan.ops._triton.walk import (
     load_tile,
     plan,
     store_tile,
+    zeros,
 )
 from ssmscan.ops.matrix_scan.configs import config
 from ssmscan.ops.matrix_scan.kernel_fwd import load_decays
@@ -135,7 +136,7 @@ def matrix_scan_backward(
         if dh0 is not None:
             dh0 += matrix_row * C
 
-    g = tl.zeros((BD,), tl.float32)
+    g = zeros(x, columns)
     product = tl.full((BD,), 1.0, tl.float32)
     if not SUMMARY:
         if dh is not None and sequence is None:
