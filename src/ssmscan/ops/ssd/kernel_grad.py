@@ -102,13 +102,14 @@ def ssd_chunk_gradients(
     totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     dx_time: tl.constexpr, ELEMENTWISE: tl.constexpr,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
-    FAR: tl.constexpr, PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
-    BN: tl.constexpr,    BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All other gradients, and the sums of dB and dC. Of a pair of tokens the earlier one, j, is the row.
 
-    What is ``added`` to dx may be its own memory. SHIFT: the scan's own dy is that of the next token.
+    What is ``added`` to dx may be its own memory. SHIFT: the scan's own dy is that of the next token. ELEMENTWISE: D
+    is applied to each element, otherwise in the product of each token with itself.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = _heads(PER_GROUP, HEADS)
@@ -248,7 +249,7 @@ def gradients(
         of_state.warps,
     )
     skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
-    # Where a token's D is not a part of the products: it has one for each channel, or the token's own dy is not there.
+    # With a D for each channel, or where the products do not have the token's own dy.
     elementwise = D is not None and (shift or D.dim() == 2)
     ssd_chunk_gradients.launch(
         grid,
