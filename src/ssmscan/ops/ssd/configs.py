@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.backend import INTERPRET
 from ssmscan.ops._triton.launch import padded
 
 # Programs of four warps that keep a Hopper GPU busy: two for each multiprocessor.
@@ -67,10 +68,10 @@ def choose(x: Tensor, n: int, backward: bool) -> Tiles:
     exact = x.dtype.itemsize == 4
     BN = max(padded(n), 16)
     BP = _channels(x.shape[3], min((4096 if exact else 8192) // BN, 32 if exact else 64))
-    if x.device.type == "cuda":
-        return Tiles(x.dtype, DOTS[x.dtype], exact, 32 if exact and not backward else 64, BP, BN)
-    # The interpreter cannot multiply in bfloat16; with short chunks small cases have several.
-    return Tiles(torch.float32, tl.float32, exact, 16, BP, BN)
+    if INTERPRET:
+        # The interpreter cannot multiply in bfloat16; with short chunks small cases have several.
+        return Tiles(torch.float32, tl.float32, exact, 16, BP, BN)
+    return Tiles(x.dtype, DOTS[x.dtype], exact, 32 if exact and not backward else 64, BP, BN)
 
 
 def gradient_tiles(tiles: Tiles, p: int) -> Tiles:

@@ -54,7 +54,7 @@ def ssd_state_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = True if WHOLE else q < count
+    exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
     rows = q.to(tl.int64) if FAR else q
     Cs = load_tile(C + batch * C_batch + first * C_time + group * C_group, rows * C_time, n, exists, N, EVEN_N, DOT)
     x += batch * x_batch + first * x_time
@@ -73,7 +73,7 @@ def ssd_state_gradients(
         flow = tl.zeros((BP, 2), tl.float32)
         for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
-            inside = True if EVEN_P else p < P
+            inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
             kept = ((batch * chunks + chunk) * H + wide) * P * N
             dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             hs = load_tile(states + kept, p * N, n, inside, N, EVEN_N, DOT)
@@ -118,7 +118,7 @@ def ssd_chunk_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = True if WHOLE else q < count
+    exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
     rows = q.to(tl.int64) if FAR else q
     Bs = load_tile(B + batch * B_batch + first * B_time + group * B_group, rows * B_time, n, exists, N, EVEN_N, DOT)
     C += batch * C_batch + first * C_time + group * C_group
@@ -148,7 +148,7 @@ def ssd_chunk_gradients(
         past = tl.zeros((Q,), tl.float32)
         for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
-            inside = True if EVEN_P else p < P
+            inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
             xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
             dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             gs = load_tile(adjoints + per_chunk * P * N, p * N, n, inside, N, EVEN_N, DOT)

@@ -59,7 +59,7 @@ def ssd_walk(
     batch = (tl.program_id(0) // (blocks * H)).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
-    inside = True if EVEN_P else p < P
+    inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
     group = head // PER_GROUP
     u += batch * u_batch + tl.cast(head, tl.int64) * u_head
     v += batch * v_batch + tl.cast(group, tl.int64) * v_group
@@ -108,7 +108,7 @@ def ssd_walk(
             token = tl.minimum(tl.cast(ahead, tl.int64) * Q + q, L - 1)
             fetch(u, token * u_time, tl.program_id(0) % blocks * BP, P, BP)
         first, count = place(table, chunk, chunks, L, Q)
-        exists = True if WHOLE else q < count
+        exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
         if SHIFT and ADJOINT:
             shown = followed(table, chunk, chunks, first, count, q, L)
             us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT, True)

@@ -75,8 +75,8 @@ def load_tile(
 ):
     """The tile at ``pointer + rows[:, None] + columns[None, :]``, zero where a row or column does not exist.
 
-    ``exists`` is True where all rows do. TRANSPOSED: its transpose, for a left operand that is scaled first; with
-    ``tl.trans`` in its place the compiler takes another way through shared memory, and loads no tile ahead.
+    TRANSPOSED: its transpose, for a left operand that is scaled first; with ``tl.trans`` in its place the compiler
+    takes another way through shared memory, and loads no tile ahead.
     """
     if TRANSPOSED:
         pointers = pointer + (columns[:, None] + rows[None, :])
