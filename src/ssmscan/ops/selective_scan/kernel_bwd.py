@@ -167,7 +167,7 @@ def selective_scan_backward(
     groups = d // per_group
     walker = tl.program_id(0)
     group = walker // blocks % groups
-    own = tl.arange(0, R)[None, :] * C + tl.arange(0, C)[:, None]
+    own = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
     within = walker % blocks * (R * C) + own
     inside = within < per_group
     channels = group * per_group + within
@@ -307,9 +307,9 @@ def selective_scan_backward(
     if dA is not None:
         store_lanes(dA + row * d * n, channels, inside, n * one, one, n, N, dA_sum)
     if dD is not None:
-        tl.store(dD + row * d + channels, tl.trans(tl.sum(dD_sum, 2)), mask=inside)
+        tl.store(dD + row * d + channels, tl.sum(dD_sum, 2), mask=inside)
     if ddt_bias is not None:
-        tl.store(ddt_bias + row * d + channels, tl.trans(tl.sum(dbias, 2)), mask=inside)
+        tl.store(ddt_bias + row * d + channels, tl.sum(dbias, 2), mask=inside)
 
 
 def backward(

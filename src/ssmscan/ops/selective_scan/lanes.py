@@ -3,31 +3,31 @@
 A state is a tile [R, C, S, 4] of R·C channels. What has no states is a tile [R, C, 4] of four steps, each computed by
 one lane; where every lane of a channel needs a step, :func:`pick` hands it around. All this stays within a warp: a
 tile of as many lanes as a warp has takes this layout from the loads of A and of a step's B and C, in which neighbours
-are four states. Offsets whose neighbours lie together would give others, hence ``one``
-and :func:`~.tile.vary`.
+are four states. Offsets whose neighbours lie together would give others, hence ``one`` and :func:`~.tile.vary`; of the
+other axes the last lies over the lanes first, hence :func:`~.tile.turned`.
 """
 
 import triton
 import triton.language as tl
 
 from ssmscan.ops._triton.activation import softplus
-from ssmscan.ops.selective_scan.tile import in_run
+from ssmscan.ops.selective_scan.tile import in_run, turned
 
 
 @triton.jit
 def load_steps(pointer, step, t, low, high, channels, one, inside):
-    """Four steps from position t, [4, C, R], as they are in memory; 0 outside of the run and where not ``inside``."""
+    """Four steps from position t, [R, C, 4] but turned, as they are in memory; 0 outside of the run and ``inside``."""
     row = tl.arange(0, 4)
     exists = in_run(t + row, low, high, True)
-    offsets = row.to(tl.int64)[:, None, None] * step + channels[None, :, :] * one
-    mask = exists[:, None, None] & inside[None, :, :]
+    offsets = turned(row.to(tl.int64)[None, None, :] * step + channels[:, :, None] * one)
+    mask = turned(exists[None, None, :] & inside[:, :, None])
     return tl.load(pointer + tl.cast(t, tl.int64) * step + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def by_channel(tile):
-    """[4, C, R] as float32 [R, C, 4]."""
-    return tl.permute(tile, (2, 1, 0)).to(tl.float32)
+    """What :func:`load_steps` loads as float32 [R, C, 4]."""
+    return turned(tile).to(tl.float32)
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def step_sizes(dts, bias, exists, SOFTPLUS: tl.constexpr):
 def store_steps(pointer, step, t, exists, channels, one, inside, tile):
     """Store a [R, C, 4] tile where :func:`load_steps` would load it."""
     row = tl.arange(0, 4).to(tl.int64)
-    offsets = row[:, None, None] * step + channels[None, :, :] * one
-    tile = tl.permute(tile, (2, 1, 0)).to(pointer.dtype.element_ty)
-    mask = exists[:, None, None] & inside[None, :, :]
+    offsets = turned(row[None, None, :] * step + channels[:, :, None] * one)
+    mask = turned(exists[None, None, :] & inside[:, :, None])
+    tile = turned(tile).to(pointer.dtype.element_ty)
     tl.store(pointer + tl.cast(t, tl.int64) * step + offsets, tile, mask=mask)
 
 
@@ -75,26 +75,26 @@ def load_state_rows(BC, t, low, high, PACKED: tl.constexpr, N: tl.constexpr, C: 
 
 @triton.jit
 def load_channels(pointer, channels, inside):
-    """Something that each channel [C, R] has, as float32 [R, C, 1]; 0 outside."""
-    return tl.trans(tl.load(pointer + channels, mask=inside, other=0.0).to(tl.float32))[:, :, None]
+    """Something that each channel [R, C] has, as float32 [R, C, 1]; 0 outside."""
+    return tl.load(pointer + channels, mask=inside, other=0.0).to(tl.float32)[:, :, None]
 
 
 @triton.jit
 def load_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.constexpr):
-    """Something that each channel [C, R] and state has, as float32 [R, C, S, 4]; 0 outside."""
+    """Something that each channel [R, C] and state has, as float32 [R, C, S, 4]; 0 outside."""
     states = tl.arange(0, N)[None, None, :]
-    pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
-    tile = tl.load(pointers, mask=inside[:, :, None] & (states < n), other=0.0).to(tl.float32)
-    return tl.reshape(tl.permute(tile, (1, 0, 2)), [channels.shape[1], channels.shape[0], N // 4, 4])
+    offsets = turned(channels[:, :, None] * channel_step + states * state_step)
+    tile = turned(tl.load(pointer + offsets, mask=turned(inside[:, :, None] & (states < n)), other=0.0))
+    return tl.reshape(tile.to(tl.float32), [channels.shape[0], channels.shape[1], N // 4, 4])
 
 
 @triton.jit
 def store_lanes(pointer, channels, inside, channel_step, state_step, n, N: tl.constexpr, tile):
     """Store where :func:`load_lanes` would load."""
     states = tl.arange(0, N)[None, None, :]
-    pointers = pointer + (channels[:, :, None] * channel_step + states * state_step)
-    tile = tl.permute(tl.reshape(tile, [channels.shape[1], channels.shape[0], N]), (1, 0, 2))
-    tl.store(pointers, tile, mask=inside[:, :, None] & (states < n))
+    offsets = turned(channels[:, :, None] * channel_step + states * state_step)
+    tile = turned(tl.reshape(tile, [channels.shape[0], channels.shape[1], N]))
+    tl.store(pointer + offsets, tile, mask=turned(inside[:, :, None] & (states < n)))
 
 
 @triton.jit

@@ -12,6 +12,9 @@ from ssmscan.ops._triton.activation import softplus
 from ssmscan.ops._triton.walk import glue, halves
 
 LN2 = tl.constexpr(0.6931471805599453)
+# Of axes that are equally contiguous Triton lays neighbours in the first one over neighbouring lanes before 3.7, and in
+# the last one from then on.
+FIRST_OVER_LANES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 @triton.jit
@@ -61,6 +64,14 @@ def vary(one, t):
 
 
 @triton.jit
+def turned(tile):
+    """Between a tile whose last axis is to lie over the lanes, and the one to load or store: the same, or reversed."""
+    if FIRST_OVER_LANES:
+        tile = tl.trans(tile) if len(tile.shape) == 2 else tl.permute(tile, (2, 1, 0))
+    return tile
+
+
+@triton.jit
 def load_states(pointer, channels, inside, channel_step, states, state_step, n):
     """A [N, BD] tile of something that each channel and state has, 0 outside.
 
@@ -68,16 +79,16 @@ def load_states(pointer, channels, inside, channel_step, states, state_step, n):
     there spread the states or channels of the whole kernel over lanes in that way. In a loop they must vary, as far as
     it knows (see :func:`vary`): else it would keep the addresses in registers.
     """
-    pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
-    tile = tl.load(pointers, mask=inside[:, None] & (states < n)[None, :], other=0.0)
-    return tl.trans(tile.to(tl.float32))
+    offsets = turned(channels[None, :] * channel_step + states[:, None] * state_step)
+    mask = turned(inside[None, :] & (states < n)[:, None])
+    return turned(tl.load(pointer + offsets, mask=mask, other=0.0)).to(tl.float32)
 
 
 @triton.jit
 def store_states(pointer, channels, inside, channel_step, states, state_step, n, tile):
     """Store what :func:`load_states` would load."""
-    pointers = pointer + (channels[:, None] * channel_step + states[None, :] * state_step)
-    tl.store(pointers, tl.trans(tile), mask=inside[:, None] & (states < n)[None, :])
+    offsets = turned(channels[None, :] * channel_step + states[:, None] * state_step)
+    tl.store(pointer + offsets, turned(tile), mask=turned(inside[None, :] & (states < n)[:, None]))
 
 
 @triton.jit
