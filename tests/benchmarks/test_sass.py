@@ -1,0 +1,50 @@
+"""What the compiler makes of kernels, for a GPU that is not here: layouts in which their loops need few barriers."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton to compile with")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sass.py"
+
+
+def counts(op: str, kernel: str) -> dict[str, int]:
+    """How many instructions of each kind the longest loop of this kernel has, and the bytes that the kernel spills."""
+    command = [sys.executable, SCRIPT, op, "--kernel", kernel]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    header, loop = printed.splitlines()
+    assert header.startswith(kernel)
+    kinds = {kind: int(count) for count, kind in re.findall(r"(\d+) ([A-Z]+)", loop)}
+    spilled = re.search(r"(\d+) bytes spilled", header)
+    return {**kinds, "spilled": int(spilled[1])}
+
+
+# A pipeline of copies takes two barriers, and a store of a tile through shared memory two.
+@pytest.mark.parametrize(
+    ("op", "kernel", "most"),
+    [
+        ("linear_scan", "linear_scan_backward", {"BAR": 10, "SHFL": 0, "spilled": 0}),
+        # One move for each decay.
+        ("matrix_scan", "matrix_scan_forward", {"BAR": 4, "SHFL": 16, "spilled": 0}),
+        ("rg_lru", "rg_lru_forward", {"BAR": 8, "SHFL": 0, "spilled": 0}),
+        ("selective_scan", "selective_scan_walk", {"BAR": 4, "SHFL": 0, "spilled": 0}),
+        ("selective_scan", "selective_scan_backward", {"BAR": 8, "SHFL": 80, "spilled": 64}),
+        ("ssd", "ssd_state_gradients", {"BAR": 8, "spilled": 0}),
+    ],
+)
+def test_loops(op, kernel, most):
+    found = counts(op, kernel)
+    assert {kind: found.get(kind, 0) for kind in most if found.get(kind, 0) > most[kind]} == {}
+
+
+def test_refuses_on_one_line():
+    command = [sys.executable, SCRIPT, "ssd", "--variant", "none"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "--variant must be one of headline, " in failed.stderr
+    assert failed.stderr.rstrip().endswith(", got none.")
