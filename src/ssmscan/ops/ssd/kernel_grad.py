@@ -18,7 +18,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, gradient_configs
 from ssmscan.ops.ssd.kernel_steps import Flows, Steps, token_strides
-from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
+from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_state_gradients(
-    x, dy, C, table, deltas, weights, sums, states, adjoints, dB, dC, into, through,
+    x, dy, C, table, weights, sums, states, adjoints, dB, dC, into, through,
     L, H, P, chunks, part, x_batch, x_head, dy_batch, dy_head, C_batch, C_group, totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
@@ -54,7 +54,7 @@ def ssd_state_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
+    exists = below(q, count, WHOLE)
     rows = q.to(tl.int64) if FAR else q
     Cs = load_tile(C + batch * C_batch + first * C_time + group * C_group, rows * C_time, n, exists, N, EVEN_N, DOT)
     x += batch * x_batch + first * x_time
@@ -73,7 +73,7 @@ def ssd_state_gradients(
         flow = tl.zeros((BP, 2), tl.float32)
         for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
-            inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
+            inside = below(p, P, EVEN_P)
             kept = ((batch * chunks + chunk) * H + wide) * P * N
             dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             hs = load_tile(states + kept, p * N, n, inside, N, EVEN_N, DOT)
@@ -97,7 +97,7 @@ def ssd_state_gradients(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_chunk_gradients(
-    x, dy, B, C, D, table, deltas, weights, sums, adjoints, added, dB, dC, dx, dD, tokens, skipped,
+    x, dy, B, C, D, table, deltas, sums, adjoints, added, dB, dC, dx, dD, tokens, skipped,
     L, H, P, chunks, part, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch, C_group, D_head, D_p,
     totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
@@ -118,7 +118,7 @@ def ssd_chunk_gradients(
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
     first, count = place(table, chunk, chunks, L, Q)
-    exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
+    exists = below(q, count, WHOLE)
     rows = q.to(tl.int64) if FAR else q
     Bs = load_tile(B + batch * B_batch + first * B_time + group * B_group, rows * B_time, n, exists, N, EVEN_N, DOT)
     C += batch * C_batch + first * C_time + group * C_group
@@ -148,7 +148,7 @@ def ssd_chunk_gradients(
         past = tl.zeros((Q,), tl.float32)
         for block in tl.range(BLOCKS, num_stages=1):
             p = block * BP + tl.arange(0, BP)
-            inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
+            inside = below(p, P, EVEN_P)
             xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
             dys = load_tile(dy + SHIFT * dy_time + wide * dy_head, rows * dy_time, p, shown, P, EVEN_P, DOT)
             gs = load_tile(adjoints + per_chunk * P * N, p * N, n, inside, N, EVEN_N, DOT)
@@ -185,6 +185,7 @@ def ssd_chunk_gradients(
         # In one store: each takes two barriers.
         tl.store(tokens + row * Q * 2 + (q[:, None] * 2 + tl.arange(0, 2)[None, :]), tl.join(own, crossing))
         if skipped is not None:
+            # A part for each of four warps.
             tl.store(skipped + row * 4 + tl.arange(0, 4), tl.sum(tl.reshape(past, [4, Q // 4]), 1))
     totals = split * totals_split + (batch * L * (H // PER_GROUP) + group) * N + first * out_time
     dBC = dBC.to(DOT)
@@ -243,7 +244,7 @@ def gradients(
     )  # fmt: skip
     ssd_state_gradients.launch(
         grid,
-        (x, dy, C, table, *steps, states, adjoints, dB, dC, into, through),
+        (x, dy, C, table, steps.weights, steps.sums, states, adjoints, dB, dC, into, through),
         (*common, *of_C[::2], dB.stride(0)),
         (of_x[1], of_dy[1], of_C[1], out_time, *constants, of_state.stages),
         of_state.warps,
@@ -253,7 +254,7 @@ def gradients(
     elementwise = D is not None and (shift or D.dim() == 2)
     ssd_chunk_gradients.launch(
         grid,
-        (x, dy, B, C, D, table, *steps, adjoints, added, dB, dC, dx, dD, tokens, skipped),
+        (x, dy, B, C, D, table, steps.delta, steps.sums, adjoints, added, dB, dC, dx, dD, tokens, skipped),
         (*common, *of_B[::2], *of_C[::2], *skip, dB.stride(0)),
         (of_x[1], of_dy[1], of_B[1], of_C[1], out_time, of_dx[1], elementwise, *constants, of_chunk.stages),
         of_chunk.warps,

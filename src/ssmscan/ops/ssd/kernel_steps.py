@@ -86,7 +86,7 @@ def ssd_steps(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_step_gradients(
-    dt, A, bias, table, deltas, weights, sums, tokens, into, through, skipped, ddt, dA, dbias, dD,
+    dt, A, bias, table, deltas, sums, tokens, into, through, skipped, ddt, dA, dbias, dD,
     L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     PASSING: tl.constexpr, BH: tl.constexpr,
@@ -175,7 +175,7 @@ def step_gradients(
     ddt_time = token_strides(ddt, reverse)[1]
     ssd_step_gradients.launch(
         (batch * chunks, -(-heads // HEADS), 1),
-        (dt, A, bias, table, *steps, *flows, ddt, dA, dbias, dD),
+        (dt, A, bias, table, steps.delta, steps.sums, *flows, ddt, dA, dbias, dD),
         (l, heads, chunks, steps.sums.stride(0), *token_strides(dt, reverse), ddt_time),
         (*options, tiles.precise, tiles.Q, flows.through.shape[3], HEADS),
         4,

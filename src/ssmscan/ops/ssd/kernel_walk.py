@@ -20,7 +20,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, plan, walk_config
 from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
-from ssmscan.ops.ssd.tiles import decays, followed, load_tile, place, store_tile
+from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def ssd_walk(
     batch = (tl.program_id(0) // (blocks * H)).to(tl.int64)
     q = tl.arange(0, Q)
     n = tl.arange(0, BN)
-    inside = tl.full((BP,), True, tl.int1) if EVEN_P else p < P
+    inside = below(p, P, EVEN_P)
     group = head // PER_GROUP
     u += batch * u_batch + tl.cast(head, tl.int64) * u_head
     v += batch * v_batch + tl.cast(group, tl.int64) * v_group
@@ -108,7 +108,7 @@ def ssd_walk(
             token = tl.minimum(tl.cast(ahead, tl.int64) * Q + q, L - 1)
             fetch(u, token * u_time, tl.program_id(0) % blocks * BP, P, BP)
         first, count = place(table, chunk, chunks, L, Q)
-        exists = tl.full((Q,), True, tl.int1) if WHOLE else q < count
+        exists = below(q, count, WHOLE)
         if SHIFT and ADJOINT:
             shown = followed(table, chunk, chunks, first, count, q, L)
             us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT, True)

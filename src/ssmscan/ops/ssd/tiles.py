@@ -70,6 +70,12 @@ def followed(table, chunk, chunks, first, count, q, L):
 
 
 @triton.jit
+def below(index, end, ALL: tl.constexpr):
+    """Which of some indices are below ``end``: ALL of them, if the compiler is to know it."""
+    return tl.full(index.shape, True, tl.int1) if ALL else index < end
+
+
+@triton.jit
 def load_tile(
     pointer, rows, columns, exists, SIZE, EVEN: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr = False
 ):
