@@ -22,7 +22,6 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -41,18 +40,21 @@ TYPES = {
 }
 KINDS = ("BAR", "SHFL", "STS", "LDS", "LDSM", "LDG", "LDGSTS", "STG", "LDL", "STL", "MUFU", "HGMMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Tokens of the call whose kernels are compiled; no kernel depends on their number.
+# Tokens of the call whose kernels are compiled, a multiple of every tile's.
 TOKENS = 512
 
 
 class Launched(NamedTuple):
     """A kernel as it was launched; no more of its tensors than what Triton specialises on."""
 
-    name: str
     function: Any
     arguments: tuple[Any, ...]
     warps: int
     registers: int | None
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
 
 
 def source(launched: Launched) -> ASTSource:
@@ -72,20 +74,11 @@ def source(launched: Launched) -> ASTSource:
 
 def launches(case: OpCase, benchmark: Benchmark) -> list[Launched]:
     """The kernels that a forward and backward launch, each once, in order."""
-    seen: dict[tuple, Launched] = {}
+    launched: list[Launched] = []
 
-    def launch(
-        self: Kernel,
-        grid: tuple[int, int, int],
-        tensors: tuple[Tensor | None, ...],
-        integers: tuple[int, ...],
-        constants: tuple[Any, ...],
-        warps: int,
-        registers: int | None = None,
-    ) -> None:
-        arguments = (*(None if t is None else t.dtype for t in tensors), *integers, *constants)
-        launched = Launched(self.function.__name__, self.function, arguments, warps, registers)
-        seen.setdefault((launched.name, *map(str, arguments), warps, registers), launched)
+    def launch(kernel, grid, tensors, integers, constants, warps, registers=None):
+        types = (None if t is None else t.dtype for t in tensors)
+        launched.append(Launched(kernel.function, (*types, *integers, *constants), warps, registers))
 
     length = min(benchmark.size["l"], TOKENS)
     call = case.call(benchmark.option, {**benchmark.size, "l": length}).cast(benchmark.dtype, "cpu")
@@ -94,7 +87,7 @@ def launches(case: OpCase, benchmark: Benchmark) -> list[Launched]:
     with patch.object(ssmscan.backend, "why_not", lambda *_: None), patch.object(Kernel, "launch", launch):
         y = call.run("triton")["y"]
         y.backward(torch.ones_like(y))
-    return list(seen.values())
+    return list(dict.fromkeys(launched))
 
 
 def longest_loop(sass: str) -> list[str]:
