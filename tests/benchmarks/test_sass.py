@@ -37,6 +37,8 @@ def counts(op: str, kernel: str) -> Counter:
         ("selective_scan", "selective_scan_walk", {"BAR": 4, "SHFL": 0, "spilled": 0}),
         ("selective_scan", "selective_scan_backward", {"BAR": 8, "SHFL": 80, "spilled": 64}),
         ("ssd", "ssd_state_gradients", {"BAR": 8, "spilled": 0}),
+        ("ssd", "ssd_pair_gradients", {"BAR": 8, "SHFL": 24, "spilled": 128}),
+        ("ssd_bidirectional", "ssd_state_gradients", {"BAR": 8, "spilled": 0}),
     ],
 )
 def test_loops(op, kernel, most):

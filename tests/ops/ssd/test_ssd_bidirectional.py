@@ -93,12 +93,13 @@ def test_the_same_from_the_other_end(backend):
     assert_close({n: v.flip(1) if n in moving else v for n, v in others.items()}, values, torch.float64)
 
 
+@pytest.mark.parametrize("setting", [Setting("plain"), Setting("packed", lengths=(0, 1, 15, 17, 3, 12))], ids=str)
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ROWS)
-def test_skip_of_each_element(backend, dtype, shift):
+def test_skip_of_each_element(backend, dtype, shift, setting):
     """Apart from the suite, for without its last axis this D is a good one, not a wrong one."""
-    call = CASE.call(ELEMENTWISE, SIZE, Setting("packed", lengths=(0, 1, 15, 17, 3))).set(shift=shift).cast(dtype)
+    call = CASE.call(ELEMENTWISE, {**SIZE, "l": 48}, setting).set(shift=shift).cast(dtype)
     standard = Standard.of(call)
     standard.judge(call.differentiate(backend, standard.cotangents), CASE, dtype)
 
@@ -132,13 +133,14 @@ def test_whole_tiles(option):
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
 @pytest.mark.parametrize("option", [HYDRA, SHARED])
 @pytest.mark.parametrize("setting", [Setting("plain"), Setting("packed", lengths=(40, 60))])
-def test_segments_and_parts(option, setting, monkeypatch):
+@pytest.mark.parametrize("length", [48, 50])
+def test_segments_and_parts(option, length, setting, monkeypatch):
     """Each chunk its own segment, each batch row its own part, each head its own sum."""
     from ssmscan.ops.ssd import configs, kernel_bwd
 
     monkeypatch.setattr(configs, "SHORTEST", 1)
     monkeypatch.setattr(configs, "PROGRAMS", 1 << 20)
     monkeypatch.setattr(kernel_bwd, "STATES_BYTES", 0)
-    call = CASE.call(option, {**SIZE, "l": 50}, setting).cast(torch.float32)
+    call = CASE.call(option, {**SIZE, "l": length}, setting).cast(torch.float32)
     standard = Standard.of(call)
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)

@@ -39,9 +39,9 @@ _WALK = {
     (True, False): Config(4, 1),
 }
 # By whether the products are precise, and whether there are more than 128 states, of which two stages do not fit: what
-# comes from the states, and the rest.
+# comes from the states, and what from pairs of tokens.
 _GRADIENTS = {
-    (False, False): (Config(8, 3), Config(4, 2)),
+    (False, False): (Config(8, 3), Config(4, 3)),
     (False, True): (Config(8, 1), Config(4, 1)),
     (True, False): (Config(8, 1), Config(8, 1)),
     (True, True): (Config(8, 1), Config(8, 1)),
@@ -53,9 +53,14 @@ def walk_config(tiles: Tiles, writes: bool) -> Config:
     return _narrow(tiles, _WALK[tiles.precise, writes])
 
 
-def gradient_configs(tiles: Tiles) -> tuple[Config, Config]:
-    of_state, of_chunk = _GRADIENTS[tiles.precise, tiles.BN > 128]
-    return _narrow(tiles, of_state), _narrow(tiles, of_chunk)
+def state_gradient_config(tiles: Tiles) -> Config:
+    return _narrow(tiles, _GRADIENTS[tiles.precise, tiles.BN > 128][0])
+
+
+def pair_gradient_config(tiles: Tiles, scans: int) -> Config:
+    config = _narrow(tiles, _GRADIENTS[tiles.precise, tiles.BN > 128][1])
+    # With what two scans need there is room for two programs.
+    return config if scans == 1 else config._replace(stages=min(config.stages, 2))
 
 
 def _narrow(tiles: Tiles, config: Config) -> Config:

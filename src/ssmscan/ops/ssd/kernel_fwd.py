@@ -44,7 +44,7 @@ def forward(
     tiles = choose(x, n, backward=False)
     x, B, C = (channels_last(v) for v in (x, B, C))
     chunks = table(sequence, final, tiles, reverse)
-    sizes = steps(dt, float32(A), float32(dt_bias), chunks, tiles, (softplus, low, high), reverse)
+    sizes = steps([(dt, reverse)], float32(A), float32(dt_bias), [chunks], tiles, (softplus, low, high))
     walk(x, B, sizes, h0, chunks, tiles, reverse, c=C, D=D, z=channels_last(z), y=y, final=final)
     return y, final
 

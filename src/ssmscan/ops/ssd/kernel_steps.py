@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,21 +17,27 @@ HEADS = 8
 
 
 class Steps(NamedTuple):
-    """Of each batch row, head, chunk and token there, in scan order; float32."""
+    """Of each scan, and of each batch row, head, chunk and token there, in scan order; float32."""
 
-    delta: Tensor  # the step sizes, (b, h, chunks, Q); 0 for tokens that do not exist, which so change no state
-    weights: Tensor  # these times the decay from the token to the chunk's end, (b, h, chunks, Q)
-    sums: Tensor  # of the log-decays from the chunk's begin, (1 or 2, b, h, chunks, Q); see tiles.decays
+    delta: Tensor  # the step sizes, (scans, b, h, chunks, Q); 0 for tokens that do not exist, which so change no state
+    weights: Tensor  # these times the decay from the token to the chunk's end, (scans, b, h, chunks, Q)
+    sums: Tensor  # of the log-decays from the chunk's begin, (scans, 1 or 2, b, h, chunks, Q); see tiles.decays
 
 
-class Flows(NamedTuple):
-    """What the gradients of the step sizes and log-decays are sums of; float32."""
+class StateFlows(NamedTuple):
+    """What flows over decays from and to the states, of each scan; float32. Sums of the last axis."""
 
-    # Of each token the gradients of the step size as a factor of x, and of the log-decay from what flows between tokens
-    # of the chunk, (b, h, chunks, Q, 2)
+    into: Tensor  # from the entering state into each token, (scans, b, h, chunks, Q, 2)
+    onward: Tensor  # from each token, for a step size of 1, into the leaving state, (scans, b, h, chunks, Q, 2)
+    through: Tensor  # from the entering to the leaving state, for a decay of 1, (scans, b, h, chunks, some)
+
+
+class PairFlows(NamedTuple):
+    """What the gradients of the step sizes and of D are sums of; float32."""
+
+    # Of each token the gradient of the step size as a factor of x, and what flows over its decay,
+    # (scans, b, h, chunks, Q, 2)
     tokens: Tensor
-    into: Tensor  # what flows from the chunk's entering state into each token is a sum of these, (b, h, chunks, Q, 2)
-    through: Tensor  # and what flows to its leaving state a sum of these times its decay, (b, h, chunks, some)
     skipped: Tensor | None  # the gradient of D is the sum of these, (b, h, chunks, 4), if there is one for a head
 
 
@@ -86,7 +91,7 @@ def ssd_steps(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_step_gradients(
-    dt, A, bias, table, deltas, sums, tokens, into, through, skipped, ddt, dA, dbias, dD,
+    dt, A, bias, table, deltas, sums, tokens, into, onward, through, skipped, ddt, dA, dbias, dD,
     L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     PASSING: tl.constexpr, BH: tl.constexpr,
@@ -113,8 +118,15 @@ def ssd_step_gradients(
     passing = tl.load(through + (rows * PASSING)[:, None] + tl.arange(0, PASSING)[None, :], mask=mask, other=0.0)
     two = 2 * at[:, :, None] + tl.arange(0, 2)
     own, crossing = tl.split(tl.load(tokens + two, mask=mask[:, :, None], other=0.0))
+    own += tl.sum(tl.load(onward + two, mask=mask[:, :, None], other=0.0), 2)
+    # Over a decay flows what comes from the state before to the tokens from it on, from tokens before it to the state
+    # after, and from state to state. Sums of just these: where the decay is 0 they are 0 too.
     arriving = tl.sum(tl.load(into + two, mask=mask[:, :, None], other=0.0), 2)
-    flow = crossing + tl.cumsum(arriving, 1) + (tl.sum(passing, 1) * exp2(total))[:, None]
+    past = mask & (q > 0)[None, :]
+    leaving = tl.sum(tl.load(onward + two - 2, mask=past[:, :, None], other=0.0), 2)
+    leaving *= tl.load(deltas + at - 1, mask=past, other=0.0)
+    flow = crossing + tl.cumsum(arriving, 1) + tl.cumsum(leaving, 1, reverse=True)
+    flow += (tl.sum(passing, 1) * exp2(total))[:, None]
     rate = tl.load(A + heads, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.trans(own + flow * rate[:, None])
     gradient = tl.where(exists, gradient * slope, 0.0)
@@ -130,36 +142,41 @@ def ssd_step_gradients(
 
 
 def steps(
-    dt: Tensor,
+    scans: list[tuple[Tensor, bool]],
     A: Tensor,
     bias: Tensor | None,
-    table: Tensor | None,
+    tables: list[Tensor | None],
     tiles: Tiles,
     options: tuple[bool, float, float],
-    reverse: bool,
 ) -> Steps:
-    """``options`` are those of softplus, and the least and largest step size."""
-    batch, l, heads = dt.shape
-    chunks = -(-l // tiles.Q) if table is None else table.shape[1]
-    delta, weights = dt.new_empty(2, batch, heads, chunks, tiles.Q, dtype=torch.float32)
-    sums = delta.new_empty(1 + tiles.precise, *delta.shape)
-    ssd_steps.launch(
-        (batch * chunks, -(-heads // HEADS), 1),
-        (from_first(dt, 1, reverse), A, bias, table, delta, weights, sums),
-        (l, heads, chunks, sums.stride(0), *token_strides(dt, reverse)),
-        (*options, tiles.precise, tiles.Q, HEADS),
-        4,
-    )
+    """Each of the ``scans`` has its dt, goes from the end or not, and has its table of chunks.
+
+    ``options`` are those of softplus, and the least and largest step size.
+    """
+    batch, l, heads = scans[0][0].shape
+    chunks = -(-l // tiles.Q) if tables[0] is None else tables[0].shape[1]
+    delta, weights = A.new_empty(2, len(scans), batch, heads, chunks, tiles.Q)
+    sums = A.new_empty(len(scans), 1 + tiles.precise, *delta.shape[1:])
+    for scan, (dt, reverse) in enumerate(scans):
+        ssd_steps.launch(
+            (batch * chunks, -(-heads // HEADS), 1),
+            (from_first(dt, 1, reverse), A, bias, tables[scan], delta[scan], weights[scan], sums[scan]),
+            (l, heads, chunks, sums.stride(1), *token_strides(dt, reverse)),
+            (*options, tiles.precise, tiles.Q, HEADS),
+            4,
+        )
     return Steps(delta, weights, sums)
 
 
 def step_gradients(
+    scan: int,
     dt: Tensor,
     A: Tensor,
     bias: Tensor | None,
     table: Tensor | None,
     steps: Steps,
-    flows: Flows,
+    pairs: PairFlows,
+    states: StateFlows,
     ddt: Tensor,
     dA: Tensor,
     dbias: Tensor | None,
@@ -170,14 +187,16 @@ def step_gradients(
 ) -> None:
     """Write ``ddt``, and for each chunk dA, dbias and, of a D for each head, dD, all (b, chunks, h)."""
     batch, l, heads = dt.shape
-    chunks = steps.delta.shape[2]
+    chunks = steps.delta.shape[3]
     dt, ddt = from_first(dt, 1, reverse), from_first(ddt, 1, reverse)
     ddt_time = token_strides(ddt, reverse)[1]
+    of_scan = [t[scan] for t in (steps.delta, steps.sums, pairs.tokens, *states)]
+    skipped = pairs.skipped if dD is not None else None
     ssd_step_gradients.launch(
         (batch * chunks, -(-heads // HEADS), 1),
-        (dt, A, bias, table, steps.delta, steps.sums, *flows, ddt, dA, dbias, dD),
-        (l, heads, chunks, steps.sums.stride(0), *token_strides(dt, reverse), ddt_time),
-        (*options, tiles.precise, tiles.Q, flows.through.shape[3], HEADS),
+        (dt, A, bias, table, *of_scan, skipped, ddt, dA, dbias, dD),
+        (l, heads, chunks, steps.sums.stride(1), *token_strides(dt, reverse), ddt_time),
+        (*options, tiles.precise, tiles.Q, states.through.shape[4], HEADS),
         4,
     )
 

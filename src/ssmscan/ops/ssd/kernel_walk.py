@@ -184,6 +184,7 @@ def walk(
     D: Tensor | None = None,
     z: Tensor | None = None,
     added: Tensor | None = None,
+    scan: int = 0,
     shift: bool = False,
     y: Tensor | None = None,
     final: Tensor | None = None,
@@ -191,12 +192,14 @@ def walk(
 ) -> None:
     """Walk all chunks, writing ``y``, the ``final`` state and the ``states`` before each chunk where they are given.
 
-    ``added`` is an output of another walk, in y's layout; ``shift`` is that of the kernel.
+    Its ``steps`` are those of this ``scan``. ``added`` is an output of another walk, in y's layout; ``shift`` is that
+    of the kernel.
     """
     batch, l, heads, p = u.shape
     n = v.shape[3]
     config = walk_config(tiles, y is not None)
-    chunks = steps.delta.shape[2]
+    delta, weights, sums = (t[scan] for t in steps)
+    chunks = delta.shape[2]
     blocks = -(-p // tiles.BP)
     length, segments = plan(batch * heads * blocks, chunks)
     u, v = from_first(u, 1, reverse), from_first(v, 1, reverse)
@@ -211,7 +214,7 @@ def walk(
     if initial is not None and not uniform:
         initial = initial.contiguous()
     strides += (0, 0) if initial is None else initial.stride()[:2]
-    integers = (l, heads, p, chunks, length, segments, steps.sums.stride(0), *strides)
+    integers = (l, heads, p, chunks, length, segments, sums.stride(0), *strides)
 
     def constants(summary: bool) -> tuple[Any, ...]:
         return (
@@ -222,19 +225,19 @@ def walk(
 
     logs = totals = None
     if segments > 1:
-        logs = steps.delta.new_empty(batch, segments, heads)
-        totals = steps.delta.new_empty(batch, segments, heads, p, n)
+        logs = delta.new_empty(batch, segments, heads)
+        totals = delta.new_empty(batch, segments, heads, p, n)
         # Nothing enters after the last segment, so it needs no summary.
         ssd_walk.launch(
             (batch * heads * blocks, segments - 1, 1),
-            (u, v, None, None, None, None, initial, table, *steps, None, None, None, logs, totals),
+            (u, v, None, None, None, None, initial, table, delta, weights, sums, None, None, None, logs, totals),
             integers,
             constants(True),
             config.warps,
         )
     ssd_walk.launch(
         (batch * heads * blocks, segments, 1),
-        (u, v, c, D, z, added, initial, table, *steps, y, final, states, logs, totals),
+        (u, v, c, D, z, added, initial, table, delta, weights, sums, y, final, states, logs, totals),
         integers,
         constants(False),
         config.warps,

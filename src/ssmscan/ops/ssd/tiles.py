@@ -26,12 +26,12 @@ def _earlier(sums, q):
 
 
 @triton.jit
-def decays(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, SHIFT: tl.constexpr):
-    """The decay from token j to i where j <= i, from the begin to i and from j to the end, and the logarithm of all.
+def logarithms(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, SHIFT: tl.constexpr):
+    """The logarithms of the decays from token j to i, from the begin to i, from j to the end, and from begin to end.
 
-    The first is [Q, Q], j along the axis FROM, the others [Q]. With SHIFT they are to i - 1, and j <= i - 1. ``sums``
-    are those of the log-decays from the chunk's begin on. A difference of two has the rounding errors of both; if
-    PRECISE, whole numbers, whose sums are exact, and what remains (``part`` further on) are summed apart.
+    The first is [Q, Q], j along the axis FROM, of meaning where j <= i; the next two are [Q]. With SHIFT they are to
+    i - 1. ``sums`` are those of the log-decays from the chunk's begin on. A difference of two has the rounding errors
+    of both; if PRECISE, whole numbers, whose sums are exact, and what remains (``part`` further on) are summed apart.
     """
     TO: tl.constexpr = 1 - FROM
     at = tl.load(sums + q)
@@ -47,8 +47,15 @@ def decays(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.const
         left += remaining - rests
         entered += before
         total += remaining
-    lower = tl.expand_dims(q, FROM) >= tl.expand_dims(q, TO) + SHIFT
-    return exp2(tl.where(lower, pairs, -float("inf"))), exp2(entered), exp2(left), total
+    return pairs, entered, left, total
+
+
+@triton.jit
+def decays(sums, part, q, FROM: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr, SHIFT: tl.constexpr):
+    """These decays, of the last the logarithm; those from a token to an earlier one, or to itself with SHIFT, are 0."""
+    pairs, entered, left, total = logarithms(sums, part, q, FROM, PRECISE, Q, SHIFT)
+    later = tl.expand_dims(q, FROM) >= tl.expand_dims(q, 1 - FROM) + SHIFT
+    return exp2(tl.where(later, pairs, -float("inf"))), exp2(entered), exp2(left), total
 
 
 @triton.jit

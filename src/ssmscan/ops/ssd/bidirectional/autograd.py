@@ -6,8 +6,8 @@ from torch import Tensor
 from ssmscan.ops.registration import define, differentiate, loader, needs_grad, observed
 
 _INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor dt_rev, Tensor B_rev, "
-    "Tensor C_rev, Tensor? dt_bias, Tensor? h0, Tensor? sequence"
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_rev, "
+    "Tensor? B_rev, Tensor? C_rev, Tensor? dt_bias, Tensor? h0, Tensor? sequence"
 )
 _OPTIONS = "bool softplus, bool shift"
 
@@ -30,9 +30,9 @@ def ssd_bidirectional(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,

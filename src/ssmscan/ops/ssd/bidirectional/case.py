@@ -32,7 +32,8 @@ CASE = OpCase(
     op=ssd_bidirectional,
     inputs=_inputs,
     options=(HYDRA, GATED, PLAIN),
-    sizes=SSD.sizes,
+    # With whole chunks both directions share their gradients.
+    sizes=(*SSD.sizes, {"b": 2, "l": 48, "h": 4, "p": 5, "g": 2, "n": 7}),
     sequence=("x", "dt", "B", "C", "z", *REVERSED),
     channelwise=SSD.channelwise,
     wide=SSD.wide,

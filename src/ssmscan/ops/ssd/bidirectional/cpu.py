@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ssmscan.ops.ssd import cpu
 from ssmscan.ops.ssd.bidirectional.chunked import after
+from ssmscan.ops.ssd.bidirectional.directions import given, shared
 from ssmscan.shapes import state_dtype
 
 
@@ -18,9 +19,9 @@ def forward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,
@@ -28,9 +29,10 @@ def forward(
     shift: bool,
 ) -> Tensor:
     wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
+    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     common = (None, dt_bias, h0, sequence, softplus, 0.0, inf)
     y, _ = cpu.forward(wide, dt, A, B, C, None if shift else D, *common, False)
-    other, _ = cpu.forward(wide, dt_rev, A, B_rev, C_rev, None, *common, True)
+    other, _ = cpu.forward(wide, dt_back, A, B_back, C_back, None, *common, True)
     if shift:
         y.copy_(after(y, sequence, False))
         other = after(other, sequence, True)
@@ -50,9 +52,9 @@ def backward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,
@@ -61,6 +63,7 @@ def backward(
     shift: bool,
 ) -> tuple[Tensor, ...]:
     wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
+    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     dy = dy.to(wide.dtype)
     dz = x.new_empty(0)
     if z is not None:
@@ -70,15 +73,18 @@ def backward(
         dy, dz = cpu.ungate(dy, y, z)
     # What came from the token before goes back to it.
     own, own_rev = (after(dy, sequence, back) for back in (True, False)) if shift else (dy, dy)
-    given, wanted = (None, dt_bias, h0, sequence), (None, softplus, 0.0, inf)
+    common, wanted = (None, dt_bias, h0, sequence), (None, softplus, 0.0, inf)
     dx, ddt, dA, dB, dC, dD, _, dbias, _ = cpu.backward(
-        wide, dt, A, B, C, None if shift else D, *given, own, *wanted, False, False
+        wide, dt, A, B, C, None if shift else D, *common, own, *wanted, False, False
     )  # fmt: skip
     part, ddt_rev, dA_rev, dB_rev, dC_rev, _, _, dbias_rev, _ = cpu.backward(
-        wide, dt_rev, A, B_rev, C_rev, None, *given, own_rev, *wanted, True, False
+        wide, dt_back, A, B_back, C_back, None, *common, own_rev, *wanted, True, False
     )  # fmt: skip
     dx += part
     if shift and D is not None:
         dx.addcmul_(D.to(wide.dtype).view(x.shape[2], -1), dy)
         dD = (dy * wide).sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
+    ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
+    dB, dB_rev = shared(dB, dB_rev, B_rev)
+    dC, dC_rev = shared(dC, dC_rev, C_rev)
     return dx.to(x.dtype), ddt, dA + dA_rev, dB, dC, dD, dz, ddt_rev, dB_rev, dC_rev, dbias + dbias_rev

@@ -1,12 +1,16 @@
-"""The backward of ssd_bidirectional on Triton: that of ssd for each direction, the second adding to dx of the first."""
+"""The backward of ssd_bidirectional on Triton: that of ssd for each direction, the second adding to dx of the first.
+
+Where both directions read the same B and C, all but the walks is done once for both.
+"""
 
 from math import inf
 
 from torch import Tensor
 
+from ssmscan.ops.ssd.bidirectional.directions import given, shared
 from ssmscan.ops.ssd.bidirectional.kernel_fwd import both_ways
 from ssmscan.ops.ssd.configs import choose
-from ssmscan.ops.ssd.kernel_bwd import gate, scan_gradients
+from ssmscan.ops.ssd.kernel_bwd import gate, joint, scan_gradients
 
 
 def backward(
@@ -17,9 +21,9 @@ def backward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,
@@ -34,12 +38,23 @@ def backward(
         both_ways(x, dt, A, B, C, D, None, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
         dy = gate(dy, y, z, dz)
     common = (h0, sequence, dy, None, (softplus, 0.0, inf))
+    if B_rev is None and C_rev is None and joint(x, B, sequence, shift):
+        dt_back = dt if dt_rev is None else dt_rev
+        (ddt, ddt_rev), (dA, dB, dC, dD, dbias) = scan_gradients(
+            x, [(dt, False), (dt_back, True)], A, B, C, D, None, dt_bias, *common, dx
+        )  # fmt: skip
+        ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
+        return dx, ddt, dA, dB, dC, dD, dz, ddt_rev, dB.new_empty(0), dC.new_empty(0), dbias
+    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     dtype = choose(x, B.shape[3], backward=True).dtype
     added = dx if dx.dtype is dtype else x.new_empty(x.shape, dtype=dtype)
-    ddt, dA, dB, dC, dD, dbias = scan_gradients(
-        x, dt, A, B, C, D, None, dt_bias, *common, False, added, shift=shift
+    (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(
+        x, [(dt, False)], A, B, C, D, None, dt_bias, *common, added, shift=shift
     )  # fmt: skip
-    ddt_rev, dA_rev, dB_rev, dC_rev, _, dbias_rev = scan_gradients(
-        x, dt_rev, A, B_rev, C_rev, None, None, dt_bias, *common, True, dx, shift=shift, added=added
+    (ddt_rev,), (dA_rev, dB_rev, dC_rev, _, dbias_rev) = scan_gradients(
+        x, [(dt_back, True)], A, B_back, C_back, None, None, dt_bias, *common, dx, shift=shift, added=added
     )  # fmt: skip
+    ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
+    dB, dB_rev = shared(dB, dB_rev, B_rev)
+    dC, dC_rev = shared(dC, dC_rev, C_rev)
     return dx, ddt, dA + dA_rev, dB, dC, dD, dz, ddt_rev, dB_rev, dC_rev, dbias + dbias_rev

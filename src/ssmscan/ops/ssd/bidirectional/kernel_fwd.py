@@ -5,6 +5,7 @@ from math import inf
 from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.ssd.bidirectional.directions import given
 from ssmscan.ops.ssd.configs import choose
 from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_steps import steps
@@ -19,9 +20,9 @@ def forward(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,
@@ -41,9 +42,9 @@ def both_ways(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
+    dt_rev: Tensor | None,
+    B_rev: Tensor | None,
+    C_rev: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
     sequence: Tensor | None,
@@ -55,12 +56,13 @@ def both_ways(
     if y.numel() == 0:
         return
     tiles = choose(x, B.shape[3], backward=False)
-    x, B, C, B_rev, C_rev = (channels_last(v) for v in (x, B, C, B_rev, C_rev))
+    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
+    x, B, C, B_back, C_back = (channels_last(v) for v in (x, B, C, B_back, C_back))
     A, dt_bias, options = float32(A), float32(dt_bias), (softplus, 0.0, inf)
     added = x.new_empty(x.shape, dtype=tiles.dtype)
     chunks = None if h0 is None else table(sequence, h0, tiles, True)
-    sizes = steps(dt_rev, A, dt_bias, chunks, tiles, options, True)
-    walk(x, B_rev, sizes, h0, chunks, tiles, True, c=C_rev, shift=shift, y=added)
+    sizes = steps([(dt_back, True)], A, dt_bias, [chunks], tiles, options)
+    walk(x, B_back, sizes, h0, chunks, tiles, True, c=C_back, shift=shift, y=added)
     chunks = None if h0 is None else table(sequence, h0, tiles, False)
-    sizes = steps(dt, A, dt_bias, chunks, tiles, options, False)
+    sizes = steps([(dt, False)], A, dt_bias, [chunks], tiles, options)
     walk(x, B, sizes, h0, chunks, tiles, False, c=C, D=D, z=channels_last(z), added=added, shift=shift, y=y)

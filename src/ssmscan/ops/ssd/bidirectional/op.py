@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.ssd.bidirectional import autograd, chunked, reference
+from ssmscan.ops.ssd.bidirectional.directions import given
 from ssmscan.ops.ssd.op import check
 from ssmscan.shapes import check_shape, check_tensors, state_dtype
 
@@ -95,9 +96,6 @@ def ssd_bidirectional(
     check_shape(name, "dt_rev", dt_rev, "b, l, h", dt.shape, "dt")
     check_shape(name, "B_rev", B_rev, "b, l, g, n", B.shape, "B")
     check_shape(name, "C_rev", C_rev, "b, l, g, n", C.shape, "C")
-    dt_rev, B_rev, C_rev = (
-        given if given is not None else shared for given, shared in ((dt_rev, dt), (B_rev, B), (C_rev, C))
-    )
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias)
     implementation = choose(name, backend, x.device.type, dtype)
     sequence = h0 = None
@@ -107,13 +105,15 @@ def ssd_bidirectional(
         s = cu_seqlens.shape[0] - 1
         sequence, state = pack(cu_seqlens, l, x.new_zeros(s, 1, 1, 1, dtype=dtype))
         h0 = state.expand(s, heads, p, B.shape[3])
-    arguments = (
-        x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, bool(dt_softplus), bool(shift)
-    )  # fmt: skip
+    softplus, shift = bool(dt_softplus), bool(shift)
+    if implementation in ("triton", "cpu"):
+        return autograd.ssd_bidirectional(
+            x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, implementation
+        )  # fmt: skip
+    dt_rev, B_rev, C_rev = given((dt_rev, B_rev, C_rev), (dt, B, C))
+    arguments = (x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift)
     if implementation == "reference":
         return reference.ssd_bidirectional(*arguments)
-    if implementation == "torch":
-        # Autocast would round the matrix products to bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            return chunked.ssd_bidirectional(*arguments)
-    return autograd.ssd_bidirectional(*arguments, implementation)
+    # Autocast would round the matrix products to bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked.ssd_bidirectional(*arguments)
