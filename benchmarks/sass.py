@@ -1,6 +1,6 @@
 """Compile an operation's kernels for a GPU that need not be here, and print what bounds them.
 
-    python benchmarks/sass.py ssd --variant fp32 --kernel gradients --keep /tmp/ssd
+    python benchmarks/sass.py ssd --variant fp32 --size n=256 --kernel gradients --keep /tmp/ssd
 
 For each kernel of a forward and backward: registers, bytes spilled, shared memory, and of its longest loop how many
 instructions it has, in all and of the kinds that cost most: barriers, moves between lanes, through shared memory and to
@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -130,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=cases, help="the operation")
     parser.add_argument("--variant", help="of its benchmarks (default: the first)")
+    parser.add_argument("--size", nargs="*", default=[], metavar="AXIS=NUMBER", help="in place of the variant's")
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels with such a name")
     parser.add_argument("--target", type=int, default=90, help="compute capability times ten (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="folder for the compiled kernels; without it, they are not kept")
@@ -143,10 +145,15 @@ def main() -> None:
     variant = given.variant or next(iter(benchmarks))
     if variant not in benchmarks:
         parser.error(f"--variant must be one of {', '.join(benchmarks)}, got {variant}.")
+    benchmark = benchmarks[variant]
+    axes = {axis: number for axis, _, number in (text.partition("=") for text in given.size)}
+    if not axes.keys() <= benchmark.size.keys() or not all(number.isdecimal() for number in axes.values()):
+        parser.error(f"--size must set axes of {', '.join(benchmark.size)} to numbers, got {' '.join(given.size)}.")
+    benchmark = replace(benchmark, size=benchmark.size | {axis: int(number) for axis, number in axes.items()})
     with TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for launched in launches(case, benchmarks[variant]):
+        for launched in launches(case, benchmark):
             if re.search(given.kernel, launched.name):
                 print(report(launched, given.target, folder), flush=True)
 

@@ -46,9 +46,25 @@ def test_loops(op, kernel, most):
     assert {kind: found[kind] for kind in most if found[kind] > most[kind]} == {}
 
 
-def test_refuses_on_one_line():
-    command = [sys.executable, SCRIPT, "ssd", "--variant", "none"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_shared_memory():
+    """What takes most of it, float32 with 256 states, fits into a multiprocessor."""
+    command = [sys.executable, SCRIPT, "ssd", "--variant", "fp32", "--size", "n=256", "--kernel", "gradients"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = [int(count) for count in re.findall(r"(\d+) bytes of shared memory", printed)]
+    assert len(needed) == 3
+    assert max(needed) <= 227 << 10
+
+
+@pytest.mark.parametrize(
+    ("options", "begin", "end"),
+    [
+        (["--variant", "none"], "--variant must be one of headline, ", ", got none."),
+        (["--size", "n=256", "k=1"], "--size must set axes of b, l, h, p, g, n to numbers", ", got n=256 k=1."),
+        (["--size", "n="], "--size must set axes of", ", got n=."),
+    ],
+)
+def test_refuses_on_one_line(options, begin, end):
+    failed = subprocess.run([sys.executable, SCRIPT, "ssd", *options], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert "--variant must be one of headline, " in failed.stderr
-    assert failed.stderr.rstrip().endswith(", got none.")
+    assert begin in failed.stderr
+    assert failed.stderr.rstrip().endswith(end)

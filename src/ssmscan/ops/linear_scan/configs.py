@@ -13,9 +13,9 @@ class Config(NamedTuple):
 
 # By the bytes of an element of x and the number of inputs: with fewer inputs more tiles must be in flight.
 FORWARD = {
-    (2, 2): Config(32, 1, 6),
+    (2, 2): Config(64, 2, 5),
     (2, 3): Config(32, 1, 5),
-    (2, 4): Config(32, 1, 4),
+    (2, 4): Config(64, 2, 4),
     (4, 2): Config(64, 2, 4),
     (4, 3): Config(64, 2, 3),
     (4, 4): Config(64, 2, 3),
@@ -23,7 +23,7 @@ FORWARD = {
 # Where narrow programs would be more than WARPS: then rows of 64 bytes from so many places cost 1.4 times the time.
 CROWDED = {2: Config(128, 4, 4), 4: Config(64, 2, 3)}
 # By the bytes of an element of x.
-BACKWARD = {2: Config(64, 2, 5), 4: Config(64, 2, 3)}
+BACKWARD = {2: Config(128, 4, 4), 4: Config(64, 2, 3)}
 
 
 def forward_config(itemsize: int, inputs: int, batch: int, d: int) -> Config:

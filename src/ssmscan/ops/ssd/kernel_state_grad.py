@@ -102,6 +102,9 @@ def ssd_state_gradients(
             hs = load_tile(states + kept, p * N, n, inside, N, EVEN_N, DOT)
             gs = load_tile(adjoints + kept, p * N, n, inside, N, EVEN_N, DOT)
             arrived = tl.dot(Cs, tl.trans(hs), input_precision=PRECISION)
+            if PRECISE and BN > 128:
+                # Again, since both do not fit into shared memory for as long as the program runs.
+                Bs = load_tile(B, rows * B_time, n, exists, N, EVEN_N, DOT)
             dxs = tl.dot(Bs, tl.trans(gs), input_precision=PRECISION)
             # The sum of h·g, as a trace: elementwise it takes more registers than there are.
             pairing = tl.dot(hs, tl.trans(gs), input_precision=PRECISION)
