@@ -146,10 +146,13 @@ def main() -> None:
     if variant not in benchmarks:
         parser.error(f"--variant must be one of {', '.join(benchmarks)}, got {variant}.")
     benchmark = benchmarks[variant]
-    axes = {axis: number for axis, _, number in (text.partition("=") for text in given.size)}
-    if not axes.keys() <= benchmark.size.keys() or not all(number.isdecimal() for number in axes.values()):
-        parser.error(f"--size must set axes of {', '.join(benchmark.size)} to numbers, got {' '.join(given.size)}.")
-    benchmark = replace(benchmark, size=benchmark.size | {axis: int(number) for axis, number in axes.items()})
+    size = dict(benchmark.size)
+    for text in given.size:
+        axis, _, number = text.partition("=")
+        if axis not in size or not number.isdecimal():
+            parser.error(f"--size must set axes of {', '.join(size)} to numbers, got {' '.join(given.size)}.")
+        size[axis] = int(number)
+    benchmark = replace(benchmark, size=size)
     with TemporaryDirectory() as temporary:
         folder = given.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
