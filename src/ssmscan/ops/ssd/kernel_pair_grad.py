@@ -16,9 +16,8 @@ from ssmscan.ops._triton.activation import exp2
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, pair_gradient_config
-from ssmscan.ops.ssd.kernel_state_grad import heads_of
 from ssmscan.ops.ssd.kernel_steps import PairFlows, Steps, token_strides
-from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, logarithms, place, store_tile
+from ssmscan.ops.ssd.tiles import decays, followed, heads_of, load_tile, logarithms, store_tile, tokens_of
 
 
 @kernel(do_not_specialize=["L", "chunks"])
@@ -40,13 +39,8 @@ def ssd_pair_gradients(
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = heads_of(PER_GROUP, HEADS)
-    chunk = tl.program_id(0) % chunks
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    q = tl.arange(0, Q)
+    batch, chunk, first, count, q, rows, exists = tokens_of(table, chunks, L, Q, WHOLE, FAR)
     n = tl.arange(0, BN)
-    first, count = place(table, chunk, chunks, L, Q)
-    exists = below(q, count, WHOLE)
-    rows = q.to(tl.int64) if FAR else q
     B += batch * B_batch + first * B_time + group * B_group
     C += batch * C_batch + first * C_time + group * C_group
     Bs = load_tile(B, rows * B_time, n, exists, N, EVEN_N, DOT)

@@ -17,17 +17,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, state_gradient_config
 from ssmscan.ops.ssd.kernel_steps import StateFlows, Steps, token_strides
-from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
-
-
-@triton.jit
-def heads_of(PER_GROUP: tl.constexpr, HEADS: tl.constexpr):
-    """This program's group, its part of the group's heads, and the first and end of those."""
-    SPLITS: tl.constexpr = (PER_GROUP + HEADS - 1) // HEADS
-    group = tl.program_id(1) // SPLITS
-    split = tl.program_id(1) % SPLITS
-    first = group * PER_GROUP + split * HEADS
-    return group.to(tl.int64), split.to(tl.int64), first, min(first + HEADS, (group + 1) * PER_GROUP)
+from ssmscan.ops.ssd.tiles import below, decays, followed, heads_of, load_tile, store_tile, tokens_of
 
 
 @triton.jit
@@ -53,13 +43,8 @@ def ssd_state_gradients(
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     group, split, begin, end = heads_of(PER_GROUP, HEADS)
-    chunk = tl.program_id(0) % chunks
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    q = tl.arange(0, Q)
+    batch, chunk, first, count, q, rows, exists = tokens_of(table, chunks, L, Q, WHOLE, FAR)
     n = tl.arange(0, BN)
-    first, count = place(table, chunk, chunks, L, Q)
-    exists = below(q, count, WHOLE)
-    rows = q.to(tl.int64) if FAR else q
     B += batch * B_batch + first * B_time + group * B_group
     C += batch * C_batch + first * C_time + group * C_group
     Bs = load_tile(B, rows * B_time, n, exists, N, EVEN_N, DOT)

@@ -83,6 +83,29 @@ def below(index, end, ALL: tl.constexpr):
 
 
 @triton.jit
+def heads_of(PER_GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """This program's group, its part of the group's heads, and the first and end of those; axis 1 are these parts."""
+    SPLITS: tl.constexpr = (PER_GROUP + HEADS - 1) // HEADS
+    group = tl.program_id(1) // SPLITS
+    split = tl.program_id(1) % SPLITS
+    first = group * PER_GROUP + split * HEADS
+    return group.to(tl.int64), split.to(tl.int64), first, min(first + HEADS, (group + 1) * PER_GROUP)
+
+
+@triton.jit
+def tokens_of(table, chunks, L, Q: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr):
+    """This program's batch row and chunk, as which axis 0 counts, the chunk's place, and its tokens.
+
+    Those are [Q]: their indices, the same with as many bits as offsets take, and whether there are such tokens.
+    """
+    chunk = tl.program_id(0) % chunks
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
+    q = tl.arange(0, Q)
+    first, count = place(table, chunk, chunks, L, Q)
+    return batch, chunk, first, count, q, q.to(tl.int64) if FAR else q, below(q, count, WHOLE)
+
+
+@triton.jit
 def load_tile(
     pointer, rows, columns, exists, SIZE, EVEN: tl.constexpr, DOT: tl.constexpr, TRANSPOSED: tl.constexpr = False
 ):
