@@ -41,7 +41,7 @@ TYPES = {
 }
 KINDS = ("BAR", "SHFL", "STS", "LDS", "LDSM", "LDG", "LDGSTS", "STG", "LDL", "STL", "MUFU", "HGMMA")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Tokens of the call whose kernels are compiled, a multiple of every tile's.
+# Of a variant's call at most so many tokens, a multiple of every tile's: what is compiled does not depend on more.
 TOKENS = 512
 
 
@@ -81,8 +81,7 @@ def launches(case: OpCase, benchmark: Benchmark) -> list[Launched]:
         types = (None if t is None else t.dtype for t in tensors)
         launched.append(Launched(kernel.function, (*types, *integers, *constants), warps, registers))
 
-    length = min(benchmark.size["l"], TOKENS)
-    call = case.call(benchmark.option, {**benchmark.size, "l": length}).cast(benchmark.dtype, "cpu")
+    call = case.call(benchmark.option, benchmark.size).cast(benchmark.dtype, "cpu")
     call = call.replace(**{name: tensor.requires_grad_() for name, tensor in call.tensors.items()})
     # Nothing runs, so tensors of the CPU do.
     with patch.object(ssmscan.backend, "why_not", lambda *_: None), patch.object(Kernel, "launch", launch):
@@ -146,7 +145,7 @@ def main() -> None:
     if variant not in benchmarks:
         parser.error(f"--variant must be one of {', '.join(benchmarks)}, got {variant}.")
     benchmark = benchmarks[variant]
-    size = dict(benchmark.size)
+    size = {**benchmark.size, "l": min(benchmark.size["l"], TOKENS)}
     for text in given.size:
         axis, _, number = text.partition("=")
         if axis not in size or not number.isdecimal():

@@ -8,6 +8,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.ssd.configs import choose, gradient_tiles, split_heads
 from ssmscan.ops.ssd.kernel_fwd import float32, table
+from ssmscan.ops.ssd.kernel_grad import chunks_of
 from ssmscan.ops.ssd.kernel_pair_grad import pair_gradients
 from ssmscan.ops.ssd.kernel_state_grad import state_gradients
 from ssmscan.ops.ssd.kernel_steps import step_gradients, steps
@@ -127,18 +128,14 @@ def scan_gradients(
                     dy_, C_, sizes, last, *given, scan=scan, adjoint=True, shift=shift, states=adjoints[scan],
                     final=first,
                 )  # fmt: skip
-            # The tensors are read in the direction of the first scan.
-            reverse = scans[0][1]
             dx_ = dx[part]
+            # The tensors are read in the direction of the first scan.
+            shared = chunks_of(
+                x_, dy_, B_, C_, dx_, dBs[:, part], dCs[:, part], tables[0], sizes, wide, scans[0][1], of_heads, shift
+            )  # fmt: skip
             partial = dx_ if dx.dtype is tiles.dtype else x.new_empty(x_.shape, dtype=tiles.dtype)
-            of_states = state_gradients(
-                x_, dy_, B_, C_, None if added is None else added[part], tables[0], sizes, states, adjoints, partial,
-                dBs[:, part], dCs[:, part], wide, reverse, of_heads, shift,
-            )  # fmt: skip
-            of_pairs = pair_gradients(
-                x_, dy_, B_, C_, D, partial, tables[0], sizes, dx_, dBs[:, part], dCs[:, part],
-                of_channel[part] if by_channel else None, wide, reverse, of_heads, shift,
-            )  # fmt: skip
+            of_states = state_gradients(shared, None if added is None else added[part], states, adjoints, partial)
+            of_pairs = pair_gradients(shared, D, partial, dx_, of_channel[part] if by_channel else None, shift)
             for scan, (dt, reverse) in enumerate(dts):
                 dA, dbias, dD = of_head[:, scan, part]
                 step_gradients(
@@ -146,7 +143,7 @@ def scan_gradients(
                     dD if by_head and scan == 0 else None, wide, options, reverse,
                 )  # fmt: skip
             # Before the next rows have theirs.
-            del sizes, of_states, of_pairs, y, partial
+            del sizes, shared, of_states, of_pairs, y, partial
         # Not while the sums are made.
         del states, adjoints
     # Sums in a fixed order, so always the same.

@@ -15,21 +15,22 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import exp2
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import Tiles, pair_gradient_config
-from ssmscan.ops.ssd.kernel_steps import PairFlows, Steps, token_strides
+from ssmscan.ops.ssd.configs import pair_gradient_config
+from ssmscan.ops.ssd.kernel_grad import Chunks
+from ssmscan.ops.ssd.kernel_steps import PairFlows
 from ssmscan.ops.ssd.tiles import decays, followed, heads_of, load_tile, logarithms, store_tile, tokens_of
 
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_pair_gradients(
     x, dy, B, C, D, added, table, deltas, sums, dx, dB, dC, dD, tokens, skipped,
-    L, H, P, chunks, part, delta_scan, sums_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch,
+    L, H, P, chunks, part, steps_scan, sums_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch,
     C_group, totals_split, D_head, D_p,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
-    dx_time: tl.constexpr, ELEMENTWISE: tl.constexpr, SCANS: tl.constexpr,
+    dx_time: tl.constexpr, SCANS: tl.constexpr,
     PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
     PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-    BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, ELEMENTWISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of a pair of tokens the one that gives, j, is the row.
 
@@ -68,7 +69,7 @@ def ssd_pair_gradients(
             to_later, _, _, _ = logarithms(sums + row * Q, part, q, 0, PRECISE, Q, False)
             to_earlier, _, _, _ = logarithms(sums + (sums_scan + other * Q), part, r, 0, PRECISE, Q, False)
             pairs = exp2(tl.where(onward, to_later, to_earlier))
-            other_delta = tl.load(deltas + (delta_scan + other * Q) + r)[:, None]
+            other_delta = tl.load(deltas + (steps_scan + other * Q) + r)[:, None]
             delta = tl.where(onward, delta, 0.0) + tl.where(ahead, 0.0, other_delta)
         scores = BC * pairs * delta
         # One number for a head costs nothing in the product of each token with itself.
@@ -93,7 +94,7 @@ def ssd_pair_gradients(
                 if dD is not None:
                     of_chunk = (batch * chunks + chunk) * H + wide
                     tl.store(dD + of_chunk * P + p, tl.sum(weighted, 0), mask=p < P)
-                elif SHIFT:
+                else:
                     past += tl.sum(weighted, 1)
             store_tile(dx + wide * P, rows * dx_time, p, dxs, exists, P, EVEN_P)
             products = tl.dot(xs, tl.trans(dys), products, input_precision=PRECISION)
@@ -119,7 +120,7 @@ def ssd_pair_gradients(
         if SCANS == 2:
             crossing = tl.dot(tl.trans(onward.to(tl.float32)), products, input_precision=PRECISION)
             crossing = tl.sum(tl.where(ahead, crossing, 0.0), 1)
-            tl.store(tokens + (delta_scan + other * Q) * 2 + (r[:, None] * 2 + two), tl.join(other_own, crossing))
+            tl.store(tokens + (steps_scan + other * Q) * 2 + (r[:, None] * 2 + two), tl.join(other_own, crossing))
         if skipped is not None:
             # A part for each of four warps.
             tl.store(skipped + row * 4 + tl.arange(0, 4), tl.sum(tl.reshape(past, [4, Q // 4]), 1))
@@ -136,55 +137,28 @@ def ssd_pair_gradients(
 
 
 def pair_gradients(
-    x: Tensor,
-    dy: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    added: Tensor,
-    table: Tensor | None,
-    steps: Steps,
-    dx: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    dD: Tensor | None,
-    tiles: Tiles,
-    reverse: bool,
-    heads_at_once: int,
-    shift: bool,
+    chunks: Chunks, D: Tensor | None, added: Tensor, dx: Tensor, dD: Tensor | None, shift: bool
 ) -> PairFlows:
-    """Write dx, to which ``added`` is, and dD, (b, chunks, h, p), where it is given; add to dB and dC of each split.
+    """Write ``dx``, to which ``added`` is, and ``dD``, (b, chunks, h, p), where it is given; add to dB and dC.
 
-    ``added`` has dx's layout, and may be dx itself. ``shift``: y was that of the token before, as in the walk.
+    ``added`` has the layout of dx, and may be dx itself.
     """
-    batch, l, heads, p = x.shape
-    groups, n = B.shape[2:]
-    delta, _, sums = steps
-    scans, chunks = delta.shape[0], delta.shape[3]
+    delta, _, sums = chunks.steps
     tokens = delta.new_empty(*delta.shape, 2)
-    skipped = None if D is None or dD is not None else delta.new_empty(batch, heads, chunks, 4)
-    x, dy, B, C, dx, added = (from_first(t, 1, reverse) for t in (x, dy, B, C, dx, added))
-    dB, dC = (from_first(t, 2, reverse) for t in (dB, dC))
-    of_tokens = [token_strides(t, reverse) for t in (x, dy, B, C, dx)]
-    times = [s[1] for s in of_tokens]
-    far = tiles.Q * max(map(abs, times)) >= 1 << 31
-    out_time = -dB.stride(2) if reverse else dB.stride(2)
+    skipped = None if D is None or dD is not None else delta.new_empty(*delta.shape[1:4], 4)
+    dx, added = (from_first(t, 1, chunks.reverse) for t in (dx, added))
     skip = (0, 0) if D is None else (D.stride(0), D.stride(1) if D.dim() == 2 else 0)
     # With a D for each channel, or where the products do not have the token's own dy.
     elementwise = D is not None and (shift or D.dim() == 2)
-    config = pair_gradient_config(tiles, scans)
+    config = pair_gradient_config(chunks.tiles, delta.shape[0])
     ssd_pair_gradients.launch(
-        (batch * chunks, groups * dB.shape[0], 1),
-        (x, dy, B, C, D, added, table, delta, sums, dx, dB, dC, dD, tokens, skipped),
+        chunks.grid,
         (
-            l, heads, p, chunks, sums.stride(1), delta.stride(0), sums.stride(0),
-            *(s for t in of_tokens[:4] for s in t[::2]), dB.stride(0), *skip,
+            chunks.x, chunks.dy, chunks.B, chunks.C, D, added, chunks.table, delta, sums, dx, *chunks.totals, dD,
+            tokens, skipped,
         ),
-        (
-            *times[:4], out_time, times[4], elementwise, scans, heads // groups, heads_at_once, shift,
-            table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, n, tiles.BP, tiles.BN,
-            -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN, config.stages,
-        ),
+        (*chunks.sizes, *chunks.strides, *skip),
+        (*chunks.constants, elementwise, config.stages),
         config.warps,
     )  # fmt: skip
     return PairFlows(tokens, skipped)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import Tiles, state_gradient_config
-from ssmscan.ops.ssd.kernel_steps import StateFlows, Steps, token_strides
+from ssmscan.ops.ssd.configs import state_gradient_config
+from ssmscan.ops.ssd.kernel_grad import Chunks
+from ssmscan.ops.ssd.kernel_steps import StateFlows
 from ssmscan.ops.ssd.tiles import below, decays, followed, heads_of, load_tile, store_tile, tokens_of
 
 
@@ -29,7 +30,7 @@ def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_state_gradients(
     x, dy, B, C, added, table, weights, sums, states, adjoints, dx, dB, dC, into, onward, through,
-    L, H, P, chunks, part, weights_scan, sums_scan, states_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group,
+    L, H, P, chunks, part, steps_scan, sums_scan, states_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group,
     C_batch, C_group, totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
     dx_time: tl.constexpr, SCANS: tl.constexpr,
@@ -73,7 +74,7 @@ def ssd_state_gradients(
             own = tl.where(scan == 0, chunk, chunks - 1 - chunk)
             token = tl.where(scan == 0, q, Q - 1 - q)
         row = (batch * H + wide) * chunks + own
-        at = scan * weights_scan + row * Q
+        at = scan * steps_scan + row * Q
         _, entered, left, _ = decays(sums + (scan * sums_scan + row * Q), part, token, 1, PRECISE, Q, False)
         weight = tl.load(weights + at + token)
         arriving = tl.zeros((Q, 2), tl.float32)
@@ -120,55 +121,25 @@ def ssd_state_gradients(
     store_tile(dC + totals, rows * out_time, n, dCs, exists, N, EVEN_N)
 
 
-def state_gradients(
-    x: Tensor,
-    dy: Tensor,
-    B: Tensor,
-    C: Tensor,
-    added: Tensor | None,
-    table: Tensor | None,
-    steps: Steps,
-    states: Tensor,
-    adjoints: Tensor,
-    dx: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    tiles: Tiles,
-    reverse: bool,
-    heads_at_once: int,
-    shift: bool,
-) -> StateFlows:
-    """Write the part of dx, plus what is ``added``, which may be its memory, and those of dB and dC for each split.
+def state_gradients(chunks: Chunks, added: Tensor | None, states: Tensor, adjoints: Tensor, dx: Tensor) -> StateFlows:
+    """Write the part of ``dx``, plus what is ``added``, which may be its memory, and those of dB and dC.
 
-    Where the ``steps`` are those of two scans, nothing can be added. ``shift``: y was that of the token before, as in
-    the walk.
+    Of two scans, which have their ``states`` and ``adjoints``, (scans, b, chunks, h, p, n), nothing can be added.
     """
-    batch, l, heads, p = x.shape
-    groups, n = B.shape[2:]
-    scans, chunks = states.shape[0], states.shape[2]
-    into, onward = steps.delta.new_empty(2, *steps.delta.shape, 2)
-    through = into.new_empty(scans, batch, heads, chunks, tiles.BP)
-    x, dy, B, C, dx = (from_first(t, 1, reverse) for t in (x, dy, B, C, dx))
-    dB, dC = (from_first(t, 2, reverse) for t in (dB, dC))
-    added = None if added is None else from_first(added, 1, reverse)
-    of_tokens = [token_strides(t, reverse) for t in (x, dy, B, C, dx)]
-    times = [s[1] for s in of_tokens]
-    far = tiles.Q * max(map(abs, times)) >= 1 << 31
-    out_time = -dB.stride(2) if reverse else dB.stride(2)
-    of_scan = steps.weights.stride(0), steps.sums.stride(0), states.stride(0)
-    config = state_gradient_config(tiles)
+    delta, weights, sums = chunks.steps
+    into, onward = delta.new_empty(2, *delta.shape, 2)
+    through = delta.new_empty(*delta.shape[:4], chunks.tiles.BP)
+    dx = from_first(dx, 1, chunks.reverse)
+    added = None if added is None else from_first(added, 1, chunks.reverse)
+    config = state_gradient_config(chunks.tiles)
     ssd_state_gradients.launch(
-        (batch * chunks, groups * dB.shape[0], 1),
-        (x, dy, B, C, added, table, steps.weights, steps.sums, states, adjoints, dx, dB, dC, into, onward, through),
+        chunks.grid,
         (
-            l, heads, p, chunks, steps.sums.stride(1), *of_scan, *(s for t in of_tokens[:4] for s in t[::2]),
-            dB.stride(0),
+            chunks.x, chunks.dy, chunks.B, chunks.C, added, chunks.table, weights, sums, states, adjoints, dx,
+            *chunks.totals, into, onward, through,
         ),
-        (
-            *times[:4], out_time, times[4], scans, heads // groups, heads_at_once, shift,
-            table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, n, tiles.BP, tiles.BN,
-            -(-p // tiles.BP), p % tiles.BP == 0, n == tiles.BN, config.stages,
-        ),
+        (*chunks.sizes, states.stride(0), *chunks.strides),
+        (*chunks.constants, config.stages),
         config.warps,
     )  # fmt: skip
     return StateFlows(into, onward, through)

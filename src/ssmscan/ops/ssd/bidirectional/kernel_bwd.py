@@ -38,14 +38,13 @@ def backward(
         both_ways(x, dt, A, B, C, D, None, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
         dy = gate(dy, y, z, dz)
     common = (h0, sequence, dy, None, (softplus, 0.0, inf))
+    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     if B_rev is None and C_rev is None and joint(x, B, sequence, shift):
-        dt_back = dt if dt_rev is None else dt_rev
         (ddt, ddt_rev), (dA, dB, dC, dD, dbias) = scan_gradients(
             x, [(dt, False), (dt_back, True)], A, B, C, D, None, dt_bias, *common, dx
         )  # fmt: skip
         ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
         return dx, ddt, dA, dB, dC, dD, dz, ddt_rev, dB.new_empty(0), dC.new_empty(0), dbias
-    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     dtype = choose(x, B.shape[3], backward=True).dtype
     added = dx if dx.dtype is dtype else x.new_empty(x.shape, dtype=dtype)
     (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(
