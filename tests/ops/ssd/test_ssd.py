@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssmscan import backend as available
-from ssmscan.ops.ssd import chunked
+from ssmscan.ops.ssd import plain
 from ssmscan.ops.ssd.case import CASE, ELEMENTWISE, LAYER
 from ssmscan.ops.ssd.op import ssd
 from ssmscan.testing import Setting, Standard, assert_close, rms_ratio, same_bits, widest
@@ -96,7 +96,7 @@ def test_whole_tiles(option, reverse):
 @pytest.mark.parametrize("setting", [Setting("h0", h0=True), Setting("packed", h0=True, lengths=(9, 70, 0, 21))])
 def test_levels_of_chunks(setting, monkeypatch):
     """The torch backend with so small chunks and levels that states are carried over three of them."""
-    monkeypatch.setattr(chunked, "CHUNK", 4)
-    monkeypatch.setattr(chunked, "LEVEL", 2)
+    monkeypatch.setattr(plain, "CHUNK", 4)
+    monkeypatch.setattr(plain, "LEVEL", 2)
     call = CASE.call(LAYER, {**SIZE, "l": 50}, setting)
     assert_close(call.differentiate("torch"), call.differentiate("reference"), torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
-from ssmscan.ops.causal_conv1d import autograd, chunked, reference
+from ssmscan.ops.causal_conv1d import autograd, plain, reference
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -105,7 +105,7 @@ def _run(
     if implementation == "reference":
         return reference.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
     if implementation == "torch":
-        return chunked.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
+        return plain.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
     return autograd.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse, implementation)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ssmscan.backend import choose
-from ssmscan.ops.gated_rms_norm import autograd, chunked, reference
+from ssmscan.ops.gated_rms_norm import autograd, plain, reference
 from ssmscan.shapes import check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -78,5 +78,5 @@ def gated_rms_norm(
     if implementation == "reference":
         return reference.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
     if implementation == "torch":
-        return chunked.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
+        return plain.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
     return autograd.gated_rms_norm(x, weight, z, eps, size, norm_before_gate, implementation)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
-from ssmscan.ops.linear_scan import autograd, chunked, reference
+from ssmscan.ops.linear_scan import autograd, plain, reference
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
@@ -80,7 +80,7 @@ def linear_scan(
     if implementation == "reference":
         return reference.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
     if implementation == "torch":
-        return chunked.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
+        return plain.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
     return autograd.linear_scan(x, decay, b, c, h0, sequence, log, reverse, implementation)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
-from ssmscan.ops.matrix_scan import autograd, chunked, reference
+from ssmscan.ops.matrix_scan import autograd, plain, reference
 from ssmscan.ops.packing import check_cu_seqlens, first_tokens, pack
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
@@ -86,7 +86,7 @@ def matrix_scan(
     if implementation == "reference":
         return reference.matrix_scan(x, decay, h0, sequence, reverse)
     if implementation == "torch":
-        return chunked.matrix_scan(x, decay, h0, sequence, reverse)
+        return plain.matrix_scan(x, decay, h0, sequence, reverse)
     return autograd.matrix_scan(x, decay, h0, sequence, reverse, implementation)
 
 

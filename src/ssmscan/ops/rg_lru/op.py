@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.ops.rg_lru import autograd, chunked, reference
+from ssmscan.ops.rg_lru import autograd, plain, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, state_dtype
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def rg_lru(
     if implementation == "reference":
         return reference.rg_lru(*arguments)
     if implementation == "torch":
-        return chunked.rg_lru(*arguments)
+        return plain.rg_lru(*arguments)
     return autograd.rg_lru(*arguments, implementation)
 
 
@@ -126,7 +126,7 @@ def rg_lru_step(
     check_state("rg_lru_step", "h", h, "b, d", tuple(x.shape), dtype)
     if fused("rg_lru_step", h, x, input_gate, recurrence_gate, a_param):
         return autograd.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
-    return chunked.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
+    return plain.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
 
 
 def _check(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
-from ssmscan.ops.s4d import autograd, chunked, reference
+from ssmscan.ops.s4d import autograd, plain, reference
 from ssmscan.ops.s4d.system import discretise
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
@@ -85,7 +85,7 @@ def s4d(
         return reference.s4d(x, dt, A, B, C, D, h0, dtype)
     z, B = discretise(dt, A, B, dtype)
     if implementation == "torch":
-        return chunked.s4d(x, z, B, C.to(dtype), D, h0, mode)
+        return plain.s4d(x, z, B, C.to(dtype), D, h0, mode)
     D, h0 = D if D is None else D.to(real), h0 if h0 is None else h0.to(dtype)
     return autograd.s4d(x, z, B, C.to(dtype), D, h0, implementation)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.ops.selective_scan import autograd, chunked, reference
+from ssmscan.ops.selective_scan import autograd, plain, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def selective_scan(
     if implementation == "reference":
         return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
     if implementation == "torch":
-        return chunked.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
+        return plain.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
     return autograd.selective_scan(
         x, dt, A, B, C, D, z, dt_bias, h0, sequence, bool(dt_softplus), bool(reverse), implementation
     )

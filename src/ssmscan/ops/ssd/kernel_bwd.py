@@ -11,7 +11,7 @@ from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import chunks_of
 from ssmscan.ops.ssd.kernel_pair_grad import pair_gradients
 from ssmscan.ops.ssd.kernel_state_grad import state_gradients
-from ssmscan.ops.ssd.kernel_steps import step_gradients, steps
+from ssmscan.ops.ssd.step_sizes import step_gradients, steps
 from ssmscan.ops.ssd.kernel_walk import walk
 
 # The states between chunks of as many batch rows are kept at once, for each scan.

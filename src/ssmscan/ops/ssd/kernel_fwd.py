@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.chunks import cut
 from ssmscan.ops.ssd.configs import Tiles, choose
-from ssmscan.ops.ssd.kernel_steps import steps
+from ssmscan.ops.ssd.step_sizes import steps
 from ssmscan.ops.ssd.kernel_walk import walk
 
 

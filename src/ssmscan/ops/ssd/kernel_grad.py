@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles
-from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
+from ssmscan.ops.ssd.step_sizes import Steps, token_strides
 
 
 class Chunks(NamedTuple):

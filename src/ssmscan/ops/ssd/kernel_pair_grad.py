@@ -17,7 +17,7 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import pair_gradient_config
 from ssmscan.ops.ssd.kernel_grad import Chunks
-from ssmscan.ops.ssd.kernel_steps import PairFlows
+from ssmscan.ops.ssd.step_sizes import PairFlows
 from ssmscan.ops.ssd.tiles import decays, followed, heads_of, load_tile, logarithms, store_tile, tokens_of
 
 

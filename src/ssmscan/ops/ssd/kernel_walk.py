@@ -19,7 +19,7 @@ from ssmscan.ops._triton.fetch import fetch
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
 from ssmscan.ops.ssd.configs import Tiles, plan, walk_config
-from ssmscan.ops.ssd.kernel_steps import Steps, token_strides
+from ssmscan.ops.ssd.step_sizes import Steps, token_strides
 from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.ops.ssd import autograd, chunked, reference
+from ssmscan.ops.ssd import autograd, plain, reference
 from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def ssd(
     if implementation == "torch":
         # Autocast would round the matrix products to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return chunked.ssd(*arguments)
+            return plain.ssd(*arguments)
     return autograd.ssd(*arguments, implementation)
 
 

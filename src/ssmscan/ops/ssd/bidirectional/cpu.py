@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.ssd import cpu
-from ssmscan.ops.ssd.bidirectional.chunked import after
+from ssmscan.ops.ssd.bidirectional.plain import after
 from ssmscan.ops.ssd.bidirectional.directions import given, shared
 from ssmscan.shapes import state_dtype
 

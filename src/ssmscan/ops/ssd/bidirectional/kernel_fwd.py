@@ -8,7 +8,7 @@ from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.ssd.bidirectional.directions import given
 from ssmscan.ops.ssd.configs import choose
 from ssmscan.ops.ssd.kernel_fwd import float32, table
-from ssmscan.ops.ssd.kernel_steps import steps
+from ssmscan.ops.ssd.step_sizes import steps
 from ssmscan.ops.ssd.kernel_walk import walk
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.ops.ssd.bidirectional import autograd, chunked, reference
+from ssmscan.ops.ssd.bidirectional import autograd, plain, reference
 from ssmscan.ops.ssd.bidirectional.directions import given
 from ssmscan.ops.ssd.op import check
 from ssmscan.shapes import check_shape, check_tensors, state_dtype
@@ -116,4 +116,4 @@ def ssd_bidirectional(
         return reference.ssd_bidirectional(*arguments)
     # Autocast would round the matrix products to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
-        return chunked.ssd_bidirectional(*arguments)
+        return plain.ssd_bidirectional(*arguments)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.packing import first_tokens
-from ssmscan.ops.ssd.chunked import ssd
+from ssmscan.ops.ssd.plain import ssd
 from ssmscan.shapes import state_dtype
 
 
