@@ -20,7 +20,7 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops._triton.window import from_first, load_row, plan, rows_before, sequence_of, store_row
+from ssmscan.ops._triton.window import cover, from_first, load_row, rows_before, sequence_of, store_row
 from ssmscan.ops.causal_conv1d.configs import BACKWARD
 from ssmscan.ops.causal_conv1d.kernel_fwd import load_taps
 
@@ -161,7 +161,7 @@ def backward(
     h0, dh, bias = (None if t is None else t.contiguous() for t in (h0, dh, bias))
     direction = -1 if reverse else 1
     config = BACKWARD[x.dtype.itemsize, w > 4]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.rows, config.programs)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.rows, config.programs)
     items = batch * segments
     walkers = min(items, max(config.programs // blocks, 1))
     partial = x.new_empty(walkers, w + 1, d, dtype=torch.float32) if needs[1] or needs[2] else None

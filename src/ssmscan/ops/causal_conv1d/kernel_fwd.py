@@ -8,7 +8,7 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops._triton.window import from_first, load_row, plan, rows_before, sequence_of, store_row
+from ssmscan.ops._triton.window import cover, from_first, load_row, rows_before, sequence_of, store_row
 from ssmscan.ops.causal_conv1d.configs import FORWARD
 
 
@@ -112,7 +112,7 @@ def forward(
     x, h0 = channels_last(x), None if h0 is None else h0.contiguous()
     direction = -1 if reverse else 1
     config = FORWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.rows, config.programs)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.rows, config.programs)
     causal_conv1d_forward.launch(
         (blocks * segments * batch, 1, 1),
         (

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel, padded
-from ssmscan.ops.gated_rms_norm.configs import BACKWARD, plan
-from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_rows, store_rows
+from ssmscan.ops.gated_rms_norm.configs import BACKWARD, tiling
+from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_tile, store_tile
 
 
 @kernel(do_not_specialize=["N"])
@@ -32,12 +32,12 @@ def gated_rms_norm_backward(
     sums = tl.zeros((ROWS, PADDED), tl.float32)
     for tile in tl.range(walker, tl.cdiv(N, ROWS), tl.num_programs(0) // GROUPS, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        xs = load_rows(x + first, x_row, row, N, channels, SIZE, EVEN)
-        g = load_rows(dy + first, dy_row, row, N, channels, SIZE, EVEN)
+        xs = load_tile(x + first, x_row, row, N, channels, SIZE, EVEN)
+        g = load_tile(dy + first, dy_row, row, N, channels, SIZE, EVEN)
         u = xs
         a = g
         if z is not None:
-            v = load_rows(z + first, z_row, row, N, channels, SIZE, EVEN)
+            v = load_tile(z + first, z_row, row, N, channels, SIZE, EVEN)
             opening = sigmoid(v)
             gate = v * opening
             slope = opening * (1.0 + v * (1.0 - opening))
@@ -59,9 +59,9 @@ def gated_rms_norm_backward(
                 dv = du * xs * slope
                 du *= gate
             if dz is not None:
-                store_rows(dz + first, GROUPS * SIZE, dv, row, N, channels, SIZE, EVEN)
+                store_tile(dz + first, GROUPS * SIZE, dv, row, N, channels, SIZE, EVEN)
         if dx is not None:
-            store_rows(dx + first, GROUPS * SIZE, du, row, N, channels, SIZE, EVEN)
+            store_tile(dx + first, GROUPS * SIZE, du, row, N, channels, SIZE, EVEN)
     if partial is not None:
         tl.store(partial + walker.to(tl.int64) * GROUPS * SIZE + first + channels, tl.sum(sums, 0), mask=inside)
 
@@ -87,7 +87,7 @@ def backward(
     n, d = x.shape
     width = padded(size)
     row_bytes = width * (2 * x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages = plan(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
+    groups, rows, walkers, warps, stages = tiling(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),

@@ -17,13 +17,13 @@ from ssmscan.ops._triton.walk import (
     batch_and_time,
     bits,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
     zeros,
 )
 from ssmscan.ops.linear_scan.configs import BACKWARD
@@ -39,10 +39,10 @@ def _tile(
     t = tl.cast(t, tl.int64)
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
-    decays = load_tile(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
-    dys = load_tile(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    decays = load_rows(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
+    dys = load_rows(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if c is not None:
-        cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        cs = load_rows(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
@@ -52,9 +52,9 @@ def _tile(
         if dh is not None:
             final = gather_states(dh, owner, ends, last, channels, D, BD)
     if not SUMMARY:
-        xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if b is not None:
-            bs = load_tile(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+            bs = load_rows(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
             entering = gather_states(h0, owner, starts, first, channels, D, BD)
         # The states before and after each step.
@@ -108,17 +108,17 @@ def _tile(
         product *= decay
     step = direction * D
     if dx is not None:
-        store_tile(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
     if da is not None:
-        store_tile(da + t * step, row * step, exists, das, channels, D, BD, EVEN, WHOLE)
+        store_rows(da + t * step, row * step, exists, das, channels, D, BD, EVEN, WHOLE)
     if db is not None:
-        store_tile(db + t * step, row * step, exists, dbs, channels, D, BD, EVEN, WHOLE)
+        store_rows(db + t * step, row * step, exists, dbs, channels, D, BD, EVEN, WHOLE)
     if dc is not None:
-        store_tile(dc + t * step, row * step, exists, dcs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dc + t * step, row * step, exists, dcs, channels, D, BD, EVEN, WHOLE)
     # Two conditions, not one: the first is settled at compile time.
     if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
-            store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
+            store_rows(dh0, owner * D, starts, gs, channels, D, BD, False, False)
     return g, product
 
 
@@ -225,7 +225,7 @@ def backward(
     b, c = channels_last(b), channels_last(c)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c, dy))
     outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     launch(

@@ -17,13 +17,13 @@ from ssmscan.ops._triton.walk import (
     bits,
     channel_sums,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
     zeros,
 )
 from ssmscan.ops.matrix_scan.configs import config
@@ -41,7 +41,7 @@ def _tile(
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
     decays = load_decays(log_a + t * a_step, row * a_step, exists, BD, WHOLE)
-    dys = load_tile(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+    dys = load_rows(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
         starts = edges(sequence, t, row, direction, L, False)
@@ -51,7 +51,7 @@ def _tile(
         if dh is not None:
             final = gather_states(dh, owner, ends, last, columns, C, BD)
     if da is not None:
-        xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+        xs = load_rows(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
             entering = gather_states(h0, owner, starts, first, columns, C, BD)
         # The decayed states that each step adds to.
@@ -84,14 +84,14 @@ def _tile(
         product *= decays[i]
     if dx is not None:
         step = direction * R * C
-        store_tile(dx + t * step, row * step, exists, dxs, columns, C, BD, EVEN, WHOLE)
+        store_rows(dx + t * step, row * step, exists, dxs, columns, C, BD, EVEN, WHOLE)
     if da is not None:
         sums = channel_sums(das, BD).to(da.dtype.element_ty)
         tl.store(da + (t + row) * da_step, sums, mask=exists)
     # Two conditions, not one: the first is settled at compile time.
     if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
-            store_tile(dh0, owner * C, starts, gs, columns, C, BD, False, False)
+            store_rows(dh0, owner * C, starts, gs, columns, C, BD, False, False)
     return g, product
 
 
@@ -188,7 +188,7 @@ def backward(
     if batch * r * c == 0:
         return dx, log_a.new_zeros(batch if needs[1] else 0, l, r), dh0
     BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
-    blocks, length, segments = plan(batch * r, l, c, BD, warps)
+    blocks, length, segments = cover(batch * r, l, c, BD, warps)
     sums = log_a.dtype if blocks == 1 else torch.float32
     da = log_a.new_empty(batch if needs[1] else 0, l, r, blocks, dtype=sums)
     x, decay, dy = channels_last(x), log_a.float(), channels_last(dy)

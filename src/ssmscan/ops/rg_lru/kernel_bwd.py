@@ -22,13 +22,13 @@ from ssmscan.ops._triton.walk import (
     batch_and_time,
     bits,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
 )
 from ssmscan.ops.rg_lru.configs import BACKWARD
 from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
@@ -48,10 +48,10 @@ def _tile(
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
     # A closed gate keeps the state.
-    grs = load_tile(
+    grs = load_rows(
         recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
-    dys = load_tile(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    dys = load_rows(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
@@ -73,8 +73,8 @@ def _tile(
         gains = gains + (gain,)
         falls = falls + (a * a * tl.minimum(inverse, 1000.0),)
     if not SUMMARY:
-        xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
-        gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        gis = load_rows(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
             entering = gather_states(h0, owner, starts, first, channels, D, BD)
         # The decayed states that each step adds to.
@@ -121,15 +121,15 @@ def _tile(
         product *= decays[i]
     step = direction * D
     if dx is not None:
-        store_tile(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
     if di is not None:
-        store_tile(di + t * step, row * step, exists, dis, channels, D, BD, EVEN, WHOLE)
+        store_rows(di + t * step, row * step, exists, dis, channels, D, BD, EVEN, WHOLE)
     if dr is not None:
-        store_tile(dr + t * step, row * step, exists, drs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dr + t * step, row * step, exists, drs, channels, D, BD, EVEN, WHOLE)
     # Two conditions, not one: the first is settled at compile time.
     if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
-            store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
+            store_rows(dh0, owner * D, starts, gs, channels, D, BD, False, False)
     return g, product, slope + total
 
 
@@ -233,7 +233,7 @@ def backward(
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
     integers = (
         *(l, d, blocks, length, segments, -1 if reverse else 1),
         *batch_and_time(x, input_gate, recurrence_gate, dy),

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E, sigmoid
+from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN
 from ssmscan.ops.selective_scan.configs import FORWARD, forward_tile
-from ssmscan.ops.selective_scan.plan import Plan, batch_time_group, cover, matrix, runs_of
+from ssmscan.ops.selective_scan.plan import batch_time_group, cover, matrix, runs_of
 from ssmscan.ops.selective_scan.tile import (
     in_run,
     load_rows,
@@ -232,7 +233,7 @@ def summarise(
     softplus: bool,
     reverse: bool,
     adjoint: bool,
-    plan: Plan,
+    plan: Cover,
 ) -> tuple[Tensor | None, Tensor | None]:
     """For each segment of ``plan`` Σδ, (b, segments, d), and the state that it adds, (b, segments, n, d)."""
     if plan.segments == 1:

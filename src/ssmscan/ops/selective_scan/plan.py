@@ -1,10 +1,9 @@
 """How the launches of selective_scan cover their tensors, and in what order the backward's lanes read and write."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.selective_scan.configs import BackwardConfig, Config
@@ -13,23 +12,14 @@ from ssmscan.ops.selective_scan.configs import BackwardConfig, Config
 SHORTEST_SEGMENT = 64
 
 
-class Plan(NamedTuple):
-    """How a launch covers channels, states and length."""
-
-    blocks: int  # of BD channels, in each group
-    length: int  # steps of a segment
-    segments: int
-
-
-def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConfig, multiple: int) -> Plan:
+def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConfig, multiple: int) -> Cover:
     """Segments of a ``multiple`` of steps, and enough of them to fill the device; each but the last costs a summary."""
     blocks = -(-(d // groups) // config.BD)
     wanted = min(config.programs // (batch * groups * blocks), l // SHORTEST_SEGMENT)
     # Two segments cost as much as one.
     if wanted < 3:
         wanted = 1
-    length = max(-(-l // (wanted * multiple)), 1) * multiple
-    return Plan(blocks, length, max(-(-l // length), 1))
+    return Cover.of(blocks, l, wanted, multiple)
 
 
 def matrix(tensor: Tensor) -> Tensor:

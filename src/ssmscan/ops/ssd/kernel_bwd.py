@@ -6,13 +6,13 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.ssd.configs import choose, gradient_tiles, split_heads
+from ssmscan.ops.ssd.configs import gradient_tiles, split_heads, tiles_for
 from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import chunks_of
 from ssmscan.ops.ssd.kernel_pair_grad import pair_gradients
 from ssmscan.ops.ssd.kernel_state_grad import state_gradients
-from ssmscan.ops.ssd.step_sizes import step_gradients, steps
 from ssmscan.ops.ssd.kernel_walk import walk
+from ssmscan.ops.ssd.step_sizes import step_gradients, steps
 
 # The states between chunks of as many batch rows are kept at once, for each scan.
 STATES_BYTES = 1 << 29
@@ -93,7 +93,7 @@ def scan_gradients(
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     ddts = [dt.new_empty(dt.shape) for dt, _ in scans]
-    tiles = choose(x, n, backward=True)
+    tiles = tiles_for(x, n, backward=True)
     wide = gradient_tiles(tiles, p)
     tables = [None if h0 is None else table(sequence, h0, tiles, reverse) for _, reverse in scans]
     chunks = -(-l // tiles.Q) if tables[0] is None else tables[0].shape[1]
@@ -157,7 +157,7 @@ def scan_gradients(
 
 def joint(x: Tensor, B: Tensor, sequence: Tensor | None, shift: bool) -> bool:
     """Whether both directions can share all but the walks: the same chunks, and heads of one block of channels."""
-    tiles = choose(x, B.shape[3], backward=True)
+    tiles = tiles_for(x, B.shape[3], backward=True)
     blocks = -(-x.shape[3] // gradient_tiles(tiles, x.shape[3]).BP)
     return sequence is None and not shift and x.shape[1] % tiles.Q == 0 and blocks == 1
 

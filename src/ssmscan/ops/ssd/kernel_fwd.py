@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.chunks import cut
-from ssmscan.ops.ssd.configs import Tiles, choose
-from ssmscan.ops.ssd.step_sizes import steps
+from ssmscan.ops.ssd.configs import Tiles, tiles_for
 from ssmscan.ops.ssd.kernel_walk import walk
+from ssmscan.ops.ssd.step_sizes import steps
 
 
 def forward(
@@ -41,7 +41,7 @@ def forward(
         final = x.new_empty(h0.shape, dtype=torch.float32).copy_(h0)
     if y.numel() == 0:
         return y, final
-    tiles = choose(x, n, backward=False)
+    tiles = tiles_for(x, n, backward=False)
     x, B, C = (channels_last(v) for v in (x, B, C))
     chunks = table(sequence, final, tiles, reverse)
     sizes = steps([(dt, reverse)], float32(A), float32(dt_bias), [chunks], tiles, (softplus, low, high))

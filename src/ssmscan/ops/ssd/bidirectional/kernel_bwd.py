@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmscan.ops.ssd.bidirectional.directions import given, shared
 from ssmscan.ops.ssd.bidirectional.kernel_fwd import both_ways
-from ssmscan.ops.ssd.configs import choose
+from ssmscan.ops.ssd.configs import tiles_for
 from ssmscan.ops.ssd.kernel_bwd import gate, joint, scan_gradients
 
 
@@ -34,7 +34,7 @@ def backward(
     dx = x.new_empty(x.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     if z is not None and x.numel() > 0:
-        y = x.new_empty(x.shape, dtype=choose(x, B.shape[3], backward=True).dtype)
+        y = x.new_empty(x.shape, dtype=tiles_for(x, B.shape[3], backward=True).dtype)
         both_ways(x, dt, A, B, C, D, None, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
         dy = gate(dy, y, z, dz)
     common = (h0, sequence, dy, None, (softplus, 0.0, inf))
@@ -45,7 +45,7 @@ def backward(
         )  # fmt: skip
         ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
         return dx, ddt, dA, dB, dC, dD, dz, ddt_rev, dB.new_empty(0), dC.new_empty(0), dbias
-    dtype = choose(x, B.shape[3], backward=True).dtype
+    dtype = tiles_for(x, B.shape[3], backward=True).dtype
     added = dx if dx.dtype is dtype else x.new_empty(x.shape, dtype=dtype)
     (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(
         x, [(dt, False)], A, B, C, D, None, dt_bias, *common, added, shift=shift

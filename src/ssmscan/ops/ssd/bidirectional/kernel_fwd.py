@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.ssd.bidirectional.directions import given
-from ssmscan.ops.ssd.configs import choose
+from ssmscan.ops.ssd.configs import tiles_for
 from ssmscan.ops.ssd.kernel_fwd import float32, table
-from ssmscan.ops.ssd.step_sizes import steps
 from ssmscan.ops.ssd.kernel_walk import walk
+from ssmscan.ops.ssd.step_sizes import steps
 
 
 def forward(
@@ -55,7 +55,7 @@ def both_ways(
     """Write ``y``, of the tiles' dtype or of x's."""
     if y.numel() == 0:
         return
-    tiles = choose(x, B.shape[3], backward=False)
+    tiles = tiles_for(x, B.shape[3], backward=False)
     dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
     x, B, C, B_back, C_back = (channels_last(v) for v in (x, B, C, B_back, C_back))
     A, dt_bias, options = float32(A), float32(dt_bias), (softplus, 0.0, inf)
