@@ -108,6 +108,7 @@ define(
 differentiate("linear_scan_saving", _setup, _differentiate, "linear_scan_backward")
 
 linear_scan_step = define_step(
-    "linear_scan_step(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor(a!) h, bool log) -> Tensor",
+    "linear_scan_step(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor(a!) h, Tensor? state_indices, "
+    "bool log) -> Tensor",
     _load,
 )
