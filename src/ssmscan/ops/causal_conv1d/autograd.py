@@ -93,6 +93,7 @@ define(
 differentiate("causal_conv1d", _setup, _differentiate, "causal_conv1d_backward")
 
 causal_conv1d_step = define_step(
-    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, bool silu) -> Tensor",
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, Tensor? state_indices, bool silu) "
+    "-> Tensor",
     _load,
 )

@@ -97,4 +97,6 @@ define(
 )
 differentiate("matrix_scan_saving", _setup, _differentiate, "matrix_scan_backward")
 
-matrix_scan_step = define_step("matrix_scan_step(Tensor x, Tensor log_a, Tensor(a!) h) -> Tensor", _load)
+matrix_scan_step = define_step(
+    "matrix_scan_step(Tensor x, Tensor log_a, Tensor(a!) h, Tensor? state_indices) -> Tensor", _load
+)
