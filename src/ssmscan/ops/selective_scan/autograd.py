@@ -121,6 +121,6 @@ differentiate("selective_scan_saving", _setup, _differentiate, "selective_scan_b
 
 selective_scan_step = define_step(
     "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? "
-    "dt_bias, Tensor(a!) h, bool softplus) -> Tensor",
+    "dt_bias, Tensor(a!) h, Tensor? state_indices, bool softplus) -> Tensor",
     _load,
 )

@@ -98,6 +98,6 @@ differentiate("ssd", _setup, _differentiate, "ssd_backward")
 
 ssd_step = define_step(
     "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor(a!) h, bool softplus, float low, float high) -> Tensor",
+    "Tensor(a!) h, Tensor? state_indices, bool softplus, float low, float high) -> Tensor",
     _load,
 )
