@@ -10,7 +10,8 @@ from ssmscan.shapes import state_dtype
 SPAN = 16
 
 _INPUTS = (
-    "Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor? h0, Tensor? sequence, bool reverse"
+    "Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor? h0, Tensor? sequence, bool reverse, "
+    "bool scale_first"
 )
 
 _load = loader(
@@ -33,9 +34,10 @@ def rg_lru(
     h0: Tensor | None,
     sequence: Tensor | None,
     reverse: bool,
+    scale_first: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, backend)
+    arguments = (x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, scale_first, backend)
     if needs_grad(x, input_gate, recurrence_gate, a_param, h0):
         return torch.ops.ssmscan.rg_lru_saving.default(*arguments)[:2]
     if observed(x):
@@ -55,7 +57,7 @@ def _backward(*arguments):
     return _load(arguments[-1], "backward")(*arguments[:-1])
 
 
-def _fake_forward(x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, backend):
+def _fake_forward(x, input_gate, recurrence_gate, a_param, h0, sequence, *_):
     batch, l, d = x.shape
     s = batch if h0 is None else h0.shape[0]
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
@@ -68,7 +70,9 @@ def _fake_saving(x, *arguments):
     return y, h, h.new_empty(batch, (l + SPAN - 1) // SPAN, d)
 
 
-def _fake_backward(x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, states, dy, dh, needs, backend):
+def _fake_backward(
+    x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, scale_first, states, dy, dh, needs, backend
+):
     batch, l, d = x.shape
     sequences = [
         t.new_empty(batch if need else 0, l, d)
@@ -79,7 +83,7 @@ def _fake_backward(x, input_gate, recurrence_gate, a_param, h0, sequence, revers
 
 
 def _setup(ctx, inputs, output):
-    *tensors, ctx.reverse, ctx.backend = inputs
+    *tensors, ctx.reverse, ctx.scale_first, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
@@ -91,10 +95,10 @@ def _differentiate(ctx, dy, dh, _):
         dy = torch.zeros_like(x)
     needs = list(ctx.needs_input_grad[:4])
     *gradients, dh0 = torch.ops.ssmscan.rg_lru_backward.default(
-        *tensors, ctx.reverse, states, dy, dh, needs, ctx.backend
+        *tensors, ctx.reverse, ctx.scale_first, states, dy, dh, needs, ctx.backend
     )
     gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    return *gradients, dh0.to(h0.dtype) if ctx.needs_input_grad[4] else None, None, None, None
+    return *gradients, dh0.to(h0.dtype) if ctx.needs_input_grad[4] else None, None, None, None, None
 
 
 define(f"rg_lru({_INPUTS}, str backend) -> (Tensor y, Tensor h)", _forward, _fake_forward)
@@ -108,6 +112,7 @@ define(
 differentiate("rg_lru_saving", _setup, _differentiate, "rg_lru_backward")
 
 rg_lru_step = define_step(
-    "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h) -> Tensor",
+    "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h, "
+    "Tensor? state_indices) -> Tensor",
     _load,
 )

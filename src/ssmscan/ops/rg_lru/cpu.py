@@ -12,6 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.rg_lru.autograd import SPAN
 from ssmscan.shapes import state_dtype
 
@@ -42,7 +43,7 @@ def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first,
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _backward(
-    x, gi, a, gain, gr, dy, strides, rate, owner, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
+    x, gi, a, gain, gr, dy, strides, rate, owner, unscaled, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
 ):
     width = end - first
     # Before each step, after its decay.
@@ -86,8 +87,12 @@ def _backward(
                 dir_ = di[i, t, first:end]
                 for j in range(width):
                     dir_[j] = gs[j] * sr[j] * xr[j] * gir[j] * (one - gir[j])
-            for j in range(width):
-                dlog_a[j] = gs[j] * (hr[j] - xr[j] * gir[j] * ar[j] * ar[j] / max(sr[j], limit))
+            if unscaled.size > 0 and unscaled[t]:
+                # No state decays before a first token, nor does its gain depend on the decay.
+                dlog_a[:] = 0
+            else:
+                for j in range(width):
+                    dlog_a[j] = gs[j] * (hr[j] - xr[j] * gir[j] * ar[j] * ar[j] / max(sr[j], limit))
             if dr.size > 0:
                 drr = dr[i, t, first:end]
                 for j in range(width):
@@ -107,6 +112,7 @@ def forward(
     h0: Tensor | None,
     sequence: Tensor | None,
     reverse: bool,
+    scale_first: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, l, d = x.shape
@@ -114,7 +120,8 @@ def forward(
     h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
-    gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype))
+    unscaled = _unscaled(sequence, l, reverse, scale_first)
+    gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype), unscaled)
     inputs, strides = rows((x, gi, a, gain), x.shape, dtype)
     run(
         _forward,
@@ -139,6 +146,7 @@ def backward(
     h0: Tensor | None,
     sequence: Tensor | None,
     reverse: bool,
+    scale_first: bool,
     states: Tensor,
     dy: Tensor,
     dh: Tensor | None,
@@ -147,7 +155,8 @@ def backward(
     batch, l, d = x.shape
     dtype = states.dtype
     rate = _rate(a_param, dtype)
-    gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate)
+    unscaled = _unscaled(sequence, l, reverse, scale_first)
+    gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate, unscaled)
     inputs, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
     shape = (batch if h0 is None else h0.shape[0], d)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
@@ -161,6 +170,7 @@ def backward(
         strides,
         rate.numpy(),
         _owner(sequence),
+        unscaled.numpy(),
         start.numpy(),
         states.numpy(),
         g.numpy(),
@@ -185,11 +195,23 @@ def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
     return 8 * F.softplus(a_param.to(dtype))
 
 
-def _gates(input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both gates open, a and √(1 − a²)."""
+def _gates(
+    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both gates open, a, and √(1 − a²) or where a token is ``unscaled`` 1."""
     gi, gr = input_gate.to(rate.dtype).sigmoid(), recurrence_gate.to(rate.dtype).sigmoid()
     log_a = -rate * gr
-    return gi, gr, log_a.exp(), (2 * log_a).expm1_().neg_().sqrt_()
+    gain = (2 * log_a).expm1_().neg_().sqrt_()
+    if unscaled.numel() > 0:
+        gain.masked_fill_(unscaled[:, None], 1)
+    return gi, gr, log_a.exp(), gain
+
+
+def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor:
+    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; empty if all are."""
+    if scale_first:
+        return torch.empty(0, dtype=torch.bool)
+    return first_tokens(torch.zeros(l, dtype=torch.int32) if sequence is None else sequence, reverse)
 
 
 def _owner(sequence: Tensor | None) -> np.ndarray:
