@@ -1,7 +1,7 @@
 """What the decode steps share: their two forms, the checks of their state, and how they run.
 
-A step takes one token, (b, ...), or the tokens of a short sequence, (b, l, ...), which it treats one after the other: the
-results are those of l steps, to the last bit. The state is rounded to its own dtype after each of them.
+A step takes one token, (b, ...), or the tokens of a short sequence, (b, l, ...), which have the results of l steps, to
+the last bit. The state is rounded to its own dtype after each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +49,7 @@ def check_state(
         rule = f"state_indices must be on the device of h, {h.device}"
         raise ValueError(error(function, rule, state_indices.device, "Move it there."))
     check_shape(function, "h", h, f"rows, {axes}", (*h.shape[:1], *shape), "x")
-    if h.device.type == "cpu" and not observed(h):
+    if h.device.type == "cpu" and not observed((h,)):
         rows = h.shape[0]
         for index in state_indices.tolist():
             if not -1 <= index < rows:

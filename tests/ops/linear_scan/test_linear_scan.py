@@ -97,11 +97,11 @@ def test_chunks_do_not_matter(monkeypatch, chunk, setting):
 
 def _in_segments(monkeypatch):
     """Segments of one tile, which only a long sequence of few channels would have."""
-    from ssmscan.ops._triton.walk import Plan
+    from ssmscan.ops._triton.cover import Cover
     from ssmscan.ops.linear_scan import kernel_bwd, kernel_fwd
 
     for module in (kernel_fwd, kernel_bwd):
-        monkeypatch.setattr(module, "plan", lambda batch, l, d, BD, *_: Plan(-(-d // BD), 16, -(-l // 16)))
+        monkeypatch.setattr(module, "cover", lambda batch, l, d, BD, *_: Cover(-(-d // BD), 16, -(-l // 16)))
 
 
 def _check(call):

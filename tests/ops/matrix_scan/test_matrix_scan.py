@@ -100,11 +100,11 @@ def _check(call):
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_segments(monkeypatch, setting):
     """Each starts from the composed summaries of those before it, unless a packed sequence starts in between."""
-    from ssmscan.ops._triton.walk import Plan
+    from ssmscan.ops._triton.cover import Cover
     from ssmscan.ops.matrix_scan import kernel_bwd, kernel_fwd
 
     for module in (kernel_fwd, kernel_bwd):
-        monkeypatch.setattr(module, "plan", lambda batch, l, d, BD, *_: Plan(-(-d // BD), 16, -(-l // 16)))
+        monkeypatch.setattr(module, "cover", lambda batch, l, d, BD, *_: Cover(-(-d // BD), 16, -(-l // 16)))
     _check(CASE.call(LOG, SIZE, setting).cast(torch.float32))
 
 

@@ -74,11 +74,13 @@ def test_gradient_is_bounded_near_one(backend, parameter):
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_segments(monkeypatch, setting):
     """Each starts from the composed summaries of those before it, unless a packed sequence starts in between."""
-    from ssmscan.ops._triton.walk import Plan
+    from ssmscan.ops._triton.cover import Cover
     from ssmscan.ops.rg_lru import kernel_bwd, kernel_fwd
 
     for module in (kernel_fwd, kernel_bwd):
-        monkeypatch.setattr(module, "plan", lambda batch, l, d, BD, _, rows=16: Plan(-(-d // BD), rows, -(-l // rows)))
+        monkeypatch.setattr(
+            module, "cover", lambda batch, l, d, BD, _, rows=16: Cover(-(-d // BD), rows, -(-l // rows))
+        )
     call = CASE.call(ALL, SIZE, setting).cast(torch.float32)
     standard = Standard.of(call)
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)

@@ -12,13 +12,14 @@ two bands of 16 steps, laid side by side: 16 rows of 2·BD lanes, each band in w
 a segment is, and the summaries are exchanged once a tile.
 """
 
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.launch import Kernel
 
 # Steps in a band of a tile, and between two states that a forward keeps for its backward.
@@ -31,22 +32,13 @@ SHORT_SEGMENT = 1024
 SHORTEST_SEGMENT = 64
 
 
-class Plan(NamedTuple):
-    """How a launch covers the channels and the length."""
-
-    blocks: int  # of BD channels
-    length: int  # steps of a segment, a multiple of a tile
-    segments: int
-
-
-def plan(batch: int, l: int, d: int, BD: int, warps: int, rows: int = ROWS) -> Plan:
+def cover(batch: int, l: int, d: int, BD: int, warps: int, rows: int = ROWS) -> Cover:
     """Segments long enough to be worth their summary, and enough of them to fill the device; a tile has ``rows``."""
     blocks = -(-d // BD)
     wanted = max(WARPS // (batch * blocks * warps), 1)
     if wanted > 1 and l < wanted * SHORT_SEGMENT:
         wanted = min(2 * wanted, max(l // SHORTEST_SEGMENT, 1))
-    length = max(-(-l // (wanted * rows)), 1) * rows
-    return Plan(blocks, length, max(-(-l // length), 1))
+    return Cover.of(blocks, l, wanted, rows)
 
 
 def launch(
@@ -126,7 +118,7 @@ def rows(tile, BD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(
+def load_rows(
     pointer, offset, exists, channels, D, OTHER: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr
 ):
     """16 rows at ``pointer + offset`` (int64, [16]) of BD channels; unless WHOLE, OTHER where not ``exists`` ([16]).
@@ -159,8 +151,8 @@ def _glue8(r, FIRST: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def store_tile(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
-    """Store 16 rows, a tuple in order, where :func:`load_tile` with the same arguments would load them."""
+def store_rows(pointer, offset, exists, values, channels, D, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr):
+    """Store 16 rows, a tuple in order, where :func:`load_rows` with the same arguments would load them."""
     BANDS: tl.constexpr = offset.shape[0] // 16
     pointers = pointer + (offset[:, None] + channels[None, :])
     tile = glue(_glue8(values, 0, BANDS * BD), _glue8(values, 8, BANDS * BD), BANDS * BD, 16)
@@ -185,7 +177,7 @@ def zeros(pointer, channels):
     """A row of zeros, [BD], read at ``pointer`` with a mask that is false.
 
     What is computed from a load has its layout. To rows that come from tl.zeros alone Triton 3.6 gives layouts in which
-    each join of two of them (:func:`store_tile`) goes through shuffles or shared memory, 16 times a tile.
+    each join of two of them (:func:`store_rows`) goes through shuffles or shared memory, 16 times a tile.
     """
     return tl.load(pointer + channels, mask=channels < 0, other=0.0).to(tl.float32)
 
@@ -211,7 +203,7 @@ def bits(flags):
 def gather_states(states, owner, flags, flag_bits, channels, D, BD: tl.constexpr):
     """For each row of a tile, its sequence's state where flagged; most tiles have no flag, and load nothing."""
     if flag_bits != 0:
-        found = load_tile(states, owner * D, flags, channels, D, 0.0, BD, False, False)
+        found = load_rows(states, owner * D, flags, channels, D, 0.0, BD, False, False)
     else:
         z = tl.zeros((owner.shape[0] // 16 * BD,), states.dtype.element_ty)
         found = (z, z, z, z, z, z, z, z, z, z, z, z, z, z, z, z)
@@ -253,8 +245,8 @@ def enter_segment(
     for j in range(0, segment, 16):
         exists = j + row < segment
         offset = (j + row).to(tl.int64) * D
-        products = load_tile(product, offset, exists, channels, D, 1.0, BD, False, False)
-        totals = load_tile(total, offset, exists, channels, D, 0.0, BD, False, False)
+        products = load_rows(product, offset, exists, channels, D, 1.0, BD, False, False)
+        totals = load_rows(total, offset, exists, channels, D, 0.0, BD, False, False)
         for i in tl.static_range(16):
             if sequence is None:
                 h = tl.fma(products[i], h, totals[i])

@@ -5,27 +5,18 @@ before the first of them is used. Positions are counted in scan order: of a reve
 from their last token on, and negative steps. (Steps multiplied by the direction in the kernel double its registers.)
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Plan(NamedTuple):
-    """How a launch covers the channels and the length."""
-
-    blocks: int  # of BD channels
-    length: int  # rows of a segment, a multiple of a tile
-    segments: int
+from ssmscan.ops._triton.cover import Cover
 
 
-def plan(batch: int, l: int, d: int, BD: int, rows: int, programs: int) -> Plan:
-    """Segments of whole tiles, so many that there are about ``programs`` of them; every sequence has one at least."""
+def cover(batch: int, l: int, d: int, BD: int, rows: int, programs: int) -> Cover:
+    """Segments of whole tiles, so many that there are about ``programs`` of them."""
     blocks = -(-d // BD)
     wanted = max(programs // (batch * blocks), 1)
-    length = max(-(-l // (wanted * rows)), 1) * rows
-    return Plan(blocks, length, max(-(-l // length), 1))
+    return Cover.of(blocks, l, wanted, rows)
 
 
 def from_first(tensor: Tensor, axis: int, reverse: bool) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops._triton.window import from_first, load_row, plan, rows_before, sequence_of, store_row
+from ssmscan.ops._triton.window import cover, from_first, load_row, rows_before, sequence_of, store_row
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.ops.causal_conv1d.configs import FORWARD
 
 
@@ -89,17 +90,10 @@ def causal_conv1d_forward(
         begin = stop
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """y and the final state."""
+    x, weight, bias, h0, sequence, bounds = inputs
+    silu, reverse = options
     batch, l, d = x.shape
     w = weight.shape[1]
     y = x.new_empty(batch, l, d)
@@ -112,7 +106,7 @@ def forward(
     x, h0 = channels_last(x), None if h0 is None else h0.contiguous()
     direction = -1 if reverse else 1
     config = FORWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.rows, config.programs)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.rows, config.programs)
     causal_conv1d_forward.launch(
         (blocks * segments * batch, 1, 1),
         (

@@ -44,9 +44,7 @@ def causal_conv1d_tokens(
         tl.store(h + k * h_row, before[k], mask=inside & taken)
 
 
-def step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indices: Tensor | None, silu: bool
-) -> Tensor:
+def step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indices: Tensor | None, silu: bool) -> Tensor:
     batch, d = x.shape[0], x.shape[-1]
     return launch(
         causal_conv1d_tokens,

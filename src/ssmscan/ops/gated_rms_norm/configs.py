@@ -13,7 +13,7 @@ class Config(NamedTuple):
     programs: int
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """How a launch covers n rows of some groups."""
 
     groups: int
@@ -28,10 +28,10 @@ FORWARD = {2: Config(4096, 32, 1, 4224), 4: Config(4096, 16, 2, 528)}
 BACKWARD = {2: Config(4096, 16, 4, 264), 4: Config(4096, 16, 2, 264)}
 
 
-def plan(config: Config, n: int, groups: int, padded: int, row_bytes: int) -> Plan:
+def tiling(config: Config, n: int, groups: int, padded: int, row_bytes: int) -> Tiling:
     """``padded`` is the size of a group, rounded up to a power of two; ``row_bytes`` that of all inputs."""
     rows = max(config.elements // padded, 1)
     warps = min(max(rows * padded // (32 * config.per_thread), 1), 32)
     stages = max(min(config.stages, SHARED // (rows * row_bytes)), 1)
     walkers = min(max(config.programs // groups, 1), -(-n // rows))
-    return Plan(groups, rows, walkers, warps, stages)
+    return Tiling(groups, rows, walkers, warps, stages)

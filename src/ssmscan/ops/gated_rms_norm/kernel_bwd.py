@@ -5,14 +5,18 @@ With u the normalised input (x·silu(z), or x), n = u·r for r = 1/sqrt(mean(u²
     du = r·(a − n·mean(a·n)),    dweight = Σ dy·n  (times silu(z) where the gate comes after).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.gradients import room, sum_rows
 from ssmscan.ops._triton.launch import kernel, padded
-from ssmscan.ops.gated_rms_norm.configs import BACKWARD, plan
-from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_rows, store_rows
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
+from ssmscan.ops.gated_rms_norm.configs import BACKWARD, tiling
+from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_tile, store_tile
 
 
 @kernel(do_not_specialize=["N"])
@@ -32,12 +36,12 @@ def gated_rms_norm_backward(
     sums = tl.zeros((ROWS, PADDED), tl.float32)
     for tile in tl.range(walker, tl.cdiv(N, ROWS), tl.num_programs(0) // GROUPS, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        xs = load_rows(x + first, x_row, row, N, channels, SIZE, EVEN)
-        g = load_rows(dy + first, dy_row, row, N, channels, SIZE, EVEN)
+        xs = load_tile(x + first, x_row, row, N, channels, SIZE, EVEN)
+        g = load_tile(dy + first, dy_row, row, N, channels, SIZE, EVEN)
         u = xs
         a = g
         if z is not None:
-            v = load_rows(z + first, z_row, row, N, channels, SIZE, EVEN)
+            v = load_tile(z + first, z_row, row, N, channels, SIZE, EVEN)
             opening = sigmoid(v)
             gate = v * opening
             slope = opening * (1.0 + v * (1.0 - opening))
@@ -59,43 +63,32 @@ def gated_rms_norm_backward(
                 dv = du * xs * slope
                 du *= gate
             if dz is not None:
-                store_rows(dz + first, GROUPS * SIZE, dv, row, N, channels, SIZE, EVEN)
+                store_tile(dz + first, GROUPS * SIZE, dv, row, N, channels, SIZE, EVEN)
         if dx is not None:
-            store_rows(dx + first, GROUPS * SIZE, du, row, N, channels, SIZE, EVEN)
+            store_tile(dx + first, GROUPS * SIZE, du, row, N, channels, SIZE, EVEN)
     if partial is not None:
         tl.store(partial + walker.to(tl.int64) * GROUPS * SIZE + first + channels, tl.sum(sums, 0), mask=inside)
 
 
-def backward(
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    dy: Tensor,
-    eps: float,
-    size: int,
-    norm_before_gate: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z where ``needs`` says so, empty otherwise."""
-    dx, dweight, dz = (
-        t.new_empty(t.shape if need else (0,))
-        for t, need in zip((x, weight, x if z is None else z), needs, strict=True)
-    )
+def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
+    dx, dweight, dz = room(inputs, needs)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dz
+        return [dx, dweight if dweight is None else dweight.zero_(), dz]
     x, dy, z = as_rows(x), as_rows(dy), None if z is None else as_rows(z)
     n, d = x.shape
     width = padded(size)
     row_bytes = width * (2 * x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages = plan(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
-    partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
+    groups, rows, walkers, warps, stages = tiling(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
+    parts = None if dweight is None else x.new_empty(walkers, d, dtype=torch.float32)
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),
-        (x, weight.contiguous(), z, dy, dx if needs[0] else None, partial, dz if needs[2] else None),
+        (x, weight.contiguous(), z, dy, dx, parts, dz),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
         (eps, norm_before_gate, rows, width, size == width, stages),
         warps,
     )
-    if partial is not None:
-        dweight.copy_(partial.sum(0))
-    return dx, dweight, dz
+    if parts is not None:
+        sum_rows(parts, (d, 0, 0), (dweight, None, None))
+    return [dx, dweight, dz]

@@ -7,11 +7,12 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.gated_rms_norm.configs import FORWARD, plan
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
+from ssmscan.ops.gated_rms_norm.configs import FORWARD, tiling
 
 
 @triton.jit
-def load_rows(pointer, stride, row, N, channels, SIZE, EVEN: tl.constexpr):
+def load_tile(pointer, stride, row, N, channels, SIZE, EVEN: tl.constexpr):
     """The channels of some rows as float32; zeros where there are none."""
     mask = (row < N)[:, None]
     if not EVEN:
@@ -21,8 +22,8 @@ def load_rows(pointer, stride, row, N, channels, SIZE, EVEN: tl.constexpr):
 
 
 @triton.jit
-def store_rows(pointer, stride, tile, row, N, channels, SIZE, EVEN: tl.constexpr):
-    """Store where :func:`load_rows` with the same arguments would load."""
+def store_tile(pointer, stride, tile, row, N, channels, SIZE, EVEN: tl.constexpr):
+    """Store where :func:`load_tile` with the same arguments would load."""
     mask = (row < N)[:, None]
     if not EVEN:
         mask &= (channels < SIZE)[None, :]
@@ -45,9 +46,9 @@ def gated_rms_norm_forward(
     scale = tl.load(weight + first + channels, mask=channels < SIZE, other=0.0).to(tl.float32)[None, :]
     for tile in tl.range(walker, tl.cdiv(N, ROWS), tl.num_programs(0) // GROUPS, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        u = load_rows(x + first, x_row, row, N, channels, SIZE, EVEN)
+        u = load_tile(x + first, x_row, row, N, channels, SIZE, EVEN)
         if z is not None:
-            v = load_rows(z + first, z_row, row, N, channels, SIZE, EVEN)
+            v = load_tile(z + first, z_row, row, N, channels, SIZE, EVEN)
             gate = v * sigmoid(v)
             if not AFTER:
                 u *= gate
@@ -57,7 +58,7 @@ def gated_rms_norm_forward(
         if z is not None:  # noqa: SIM102
             if AFTER:
                 u *= gate
-        store_rows(y + first, GROUPS * SIZE, u, row, N, channels, SIZE, EVEN)
+        store_tile(y + first, GROUPS * SIZE, u, row, N, channels, SIZE, EVEN)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -65,7 +66,9 @@ def as_rows(tensor: Tensor) -> Tensor:
     return channels_last(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool) -> Tensor:
+def forward(inputs: Inputs, options: Options) -> Tensor:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
@@ -73,7 +76,7 @@ def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, 
     n, d = x.shape
     width = padded(size)
     row_bytes = width * (x.element_size() + (0 if z is None else z.element_size()))
-    groups, rows, walkers, warps, stages = plan(FORWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
+    groups, rows, walkers, warps, stages = tiling(FORWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     gated_rms_norm_forward.launch(
         (groups * walkers, 1, 1),
         (x, weight.contiguous(), z, y),

@@ -11,15 +11,16 @@ from ssmscan.ops._triton.walk import (
     batch_and_time,
     bits,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
     zeros,
 )
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.linear_scan.configs import forward_config
 
 
@@ -35,12 +36,12 @@ def _tile(
     exists = t + row < L
     if states is not None:
         tl.store(states + t // 16 * D + channels, h, mask=channels < D)
-    xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
-    decays = load_tile(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
+    xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    decays = load_rows(a + t * a_step, row * a_step, exists, channels, D, 0.0 if LOG else 1.0, BD, EVEN, WHOLE)
     if b is not None:
-        bs = load_tile(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        bs = load_rows(b + t * b_step, row * b_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if c is not None:
-        cs = load_tile(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        cs = load_rows(c + t * c_step, row * c_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
@@ -68,11 +69,11 @@ def _tile(
         ys = ys + (out,)
     if not SUMMARY:
         step = direction * D
-        store_tile(y + t * step, row * step, exists, ys, channels, D, BD, EVEN, WHOLE)
+        store_rows(y + t * step, row * step, exists, ys, channels, D, BD, EVEN, WHOLE)
         if sequence is not None:
             ends = edges(sequence, t, row, direction, L, True)
             if bits(ends) != 0:
-                store_tile(hn, owner * D, ends, hs, channels, D, BD, False, False)
+                store_rows(hn, owner * D, ends, hs, channels, D, BD, False, False)
     return h, product
 
 
@@ -141,18 +142,10 @@ def linear_scan_forward(
         tl.store(hn + batch * D + channels, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    log: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, l, d = x.shape
     y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.
@@ -164,7 +157,7 @@ def forward(
     b, c = channels_last(b), channels_last(c)
     h0 = None if h0 is None else h0.contiguous()
     config = forward_config(x.dtype.itemsize, 2 + (b is not None) + (c is not None), batch, d)
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c))
     launch(
         linear_scan_forward, batch, d, blocks, segments, x, (decay, b, c, h0, sequence), (y, hn, states), integers,

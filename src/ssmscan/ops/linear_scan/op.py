@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.linear_scan import autograd, plain, reference
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
 
@@ -77,11 +78,12 @@ def linear_scan(
     sequence = None
     if cu_seqlens is not None:
         sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0)
+    inputs, options = Inputs(x, decay, b, c, h0, sequence), Options(log, reverse)
     if implementation == "reference":
-        return reference.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
+        return reference.linear_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
-    return autograd.linear_scan(x, decay, b, c, h0, sequence, log, reverse, implementation)
+        return plain.linear_scan(*inputs, *options)
+    return autograd.linear_scan(inputs, options, implementation)
 
 
 def linear_scan_step(

@@ -41,9 +41,7 @@ def linear_scan_step(
     return advance(token, (x, decay, b, c), h, state_indices, x.dim() == 3, dtype)
 
 
-def _token(
-    x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, log: bool
-) -> tuple[Tensor, Tensor]:
+def _token(x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, log: bool) -> tuple[Tensor, Tensor]:
     """The output of one token and the state after it; all (b, d)."""
     dtype = h.dtype
     a = decay.to(dtype).exp() if log else decay.to(dtype)

@@ -7,25 +7,29 @@ With g_t the gradient of H_t, in which the returned state's dh and all later ste
 The states of 16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.gradients import room, state_room
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     bits,
     channel_sums,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
     zeros,
 )
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.matrix_scan.configs import config
 from ssmscan.ops.matrix_scan.kernel_fwd import load_decays
 
@@ -41,7 +45,7 @@ def _tile(
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
     decays = load_decays(log_a + t * a_step, row * a_step, exists, BD, WHOLE)
-    dys = load_tile(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+    dys = load_rows(dy + t * dy_step, row * dy_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
         starts = edges(sequence, t, row, direction, L, False)
@@ -51,7 +55,7 @@ def _tile(
         if dh is not None:
             final = gather_states(dh, owner, ends, last, columns, C, BD)
     if da is not None:
-        xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+        xs = load_rows(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
             entering = gather_states(h0, owner, starts, first, columns, C, BD)
         # The decayed states that each step adds to.
@@ -84,14 +88,14 @@ def _tile(
         product *= decays[i]
     if dx is not None:
         step = direction * R * C
-        store_tile(dx + t * step, row * step, exists, dxs, columns, C, BD, EVEN, WHOLE)
+        store_rows(dx + t * step, row * step, exists, dxs, columns, C, BD, EVEN, WHOLE)
     if da is not None:
         sums = channel_sums(das, BD).to(da.dtype.element_ty)
         tl.store(da + (t + row) * da_step, sums, mask=exists)
     # Two conditions, not one: the first is settled at compile time.
     if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
-            store_tile(dh0, owner * C, starts, gs, columns, C, BD, False, False)
+            store_rows(dh0, owner * C, starts, gs, columns, C, BD, False, False)
     return g, product
 
 
@@ -168,48 +172,30 @@ def matrix_scan_backward(
 
 
 def backward(
-    x: Tensor,
-    log_a: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and log_a where ``needs`` says so, empty otherwise, and of h0 where it is given."""
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
-    dx = x.new_empty(batch if needs[0] else 0, l, r, c)
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], r, c, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * r * c == 0:
-        return dx, log_a.new_zeros(batch if needs[1] else 0, l, r), dh0
+    dx, dlog_a = room((x, log_a), needs)
+    dh0 = state_room(h0, dh, needs[2], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [dx, dlog_a if dlog_a is None else dlog_a.zero_(), dh0]
     BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
-    blocks, length, segments = plan(batch * r, l, c, BD, warps)
-    sums = log_a.dtype if blocks == 1 else torch.float32
-    da = log_a.new_empty(batch if needs[1] else 0, l, r, blocks, dtype=sums)
+    blocks, length, segments = cover(batch * r, l, c, BD, warps)
+    # Each block of columns has its part.
+    da = dlog_a
+    if dlog_a is not None and blocks > 1:
+        da = log_a.new_empty(batch, l, r, blocks, dtype=torch.float32)
     x, decay, dy = channels_last(x), log_a.float(), channels_last(dy)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
-    integers = (
-        l,
-        r,
-        c,
-        length,
-        segments,
-        blocks,
-        -1 if reverse else 1,
-        *x.stride()[:3],
-        *decay.stride(),
-        *dy.stride()[:3],
-    )
-    outputs = (dx if needs[0] else None, da if needs[1] else None, None if h0 is None else dh0)
+    strides = (*x.stride()[:3], *decay.stride(), *dy.stride()[:3])
+    integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *strides)
     launch(
-        matrix_scan_backward, batch * r, c, blocks, segments, x, (decay, dy, h0, sequence, dh), (states, *outputs),
+        matrix_scan_backward, batch * r, c, blocks, segments, x, (decay, dy, h0, sequence, dh), (states, dx, da, dh0),
         integers, (BD, c % BD == 0, stages), warps,
     )  # fmt: skip
-    # A plain sum adds in the same order every time.
-    dlog_a = da.squeeze(-1) if blocks == 1 else da.sum(-1).to(log_a.dtype)
-    return dx, dlog_a, dh0
+    if da is not None and da is not dlog_a:
+        # A plain sum adds in the same order every time.
+        dlog_a = da.sum(-1)
+    return [dx, dlog_a, dh0]

@@ -15,15 +15,16 @@ from ssmscan.ops._triton.walk import (
     ROWS,
     bits,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
     zeros,
 )
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.matrix_scan.configs import config
 
 
@@ -52,7 +53,7 @@ def _tile(
     exists = t + row < L
     if states is not None:
         tl.store(states + t // 16 * R * C + columns, h, mask=columns < C)
-    xs = load_tile(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
+    xs = load_rows(x + t * x_step, row * x_step, exists, columns, C, 0.0, BD, EVEN, WHOLE)
     decays = load_decays(log_a + t * a_step, row * a_step, exists, BD, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64) * R
@@ -69,11 +70,11 @@ def _tile(
         hs = hs + (h,)
     if not SUMMARY:
         step = direction * R * C
-        store_tile(y + t * step, row * step, exists, hs, columns, C, BD, EVEN, WHOLE)
+        store_rows(y + t * step, row * step, exists, hs, columns, C, BD, EVEN, WHOLE)
         if sequence is not None:
             ends = edges(sequence, t, row, direction, L, True)
             if bits(ends) != 0:
-                store_tile(hn, owner * C, ends, hs, columns, C, BD, False, False)
+                store_rows(hn, owner * C, ends, hs, columns, C, BD, False, False)
     return h, product
 
 
@@ -139,10 +140,10 @@ def matrix_scan_forward(
         tl.store(hn + batch * R * C + columns, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor, log_a: Tensor, h0: Tensor | None, sequence: Tensor | None, reverse: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
     y = x.new_empty(batch, l, r, c)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.
@@ -154,7 +155,7 @@ def forward(
     x, log_a = channels_last(x), log_a.float()
     h0 = None if h0 is None else h0.contiguous()
     BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
-    blocks, length, segments = plan(batch * r, l, c, BD, warps)
+    blocks, length, segments = cover(batch * r, l, c, BD, warps)
     integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *x.stride()[:3], *log_a.stride())
     launch(
         matrix_scan_forward, batch * r, c, blocks, segments, x, (log_a, h0, sequence), (y, hn, states), integers,

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.matrix_scan import autograd, plain, reference
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import check_cu_seqlens, first_tokens, pack
 from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
 
@@ -83,11 +84,12 @@ def matrix_scan(
         sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, r, c, dtype=dtype) if h0 is None else h0)
     if cumulative:
         decay = _differences(decay.to(dtype), sequence, reverse)
+    inputs, options = Inputs(x, decay, h0, sequence), Options(reverse)
     if implementation == "reference":
-        return reference.matrix_scan(x, decay, h0, sequence, reverse)
+        return reference.matrix_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.matrix_scan(x, decay, h0, sequence, reverse)
-    return autograd.matrix_scan(x, decay, h0, sequence, reverse, implementation)
+        return plain.matrix_scan(*inputs, *options)
+    return autograd.matrix_scan(inputs, options, implementation)
 
 
 def matrix_scan_step(

@@ -11,25 +11,29 @@ s = √(1 − a²) and rate = 8·softplus(Λ):
 16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.gradients import room, state_room
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     batch_and_time,
     bits,
     channels_last,
+    cover,
     edges,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
 )
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.ops.rg_lru.configs import BACKWARD
 from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
 
@@ -48,10 +52,10 @@ def _tile(
     row = tl.arange(0, 16).to(tl.int64)
     exists = t + row < L
     # A closed gate keeps the state.
-    grs = load_tile(
+    grs = load_rows(
         recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
-    dys = load_tile(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    dys = load_rows(dy + t * dy_step, row * dy_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     if sequence is not None:
         owner = tl.load(sequence + (t + row) * direction, mask=exists, other=0).to(tl.int64)
         starts = edges(sequence, t, row, direction, L, False)
@@ -79,8 +83,8 @@ def _tile(
         gains = gains + (gain,)
         falls = falls + (fall,)
     if not SUMMARY:
-        xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
-        gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+        gis = load_rows(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         if sequence is not None:
             entering = gather_states(h0, owner, starts, first, channels, D, BD)
         # The decayed states that each step adds to.
@@ -127,15 +131,15 @@ def _tile(
         product *= decays[i]
     step = direction * D
     if dx is not None:
-        store_tile(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dx + t * step, row * step, exists, dxs, channels, D, BD, EVEN, WHOLE)
     if di is not None:
-        store_tile(di + t * step, row * step, exists, dis, channels, D, BD, EVEN, WHOLE)
+        store_rows(di + t * step, row * step, exists, dis, channels, D, BD, EVEN, WHOLE)
     if dr is not None:
-        store_tile(dr + t * step, row * step, exists, drs, channels, D, BD, EVEN, WHOLE)
+        store_rows(dr + t * step, row * step, exists, drs, channels, D, BD, EVEN, WHOLE)
     # Two conditions, not one: the first is settled at compile time.
     if dh0 is not None and sequence is not None:  # noqa: SIM102
         if first != 0:
-            store_tile(dh0, owner * D, starts, gs, channels, D, BD, False, False)
+            store_rows(dh0, owner * D, starts, gs, channels, D, BD, False, False)
     return g, product, slope + total
 
 
@@ -211,49 +215,27 @@ def rg_lru_backward(
 
 
 def backward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    scale_first: bool,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of x, both gates and a_param where ``needs`` says so, empty otherwise, and of h0 where given."""
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    reverse, scale_first = options
     batch, l, d = x.shape
-    gradients = [
-        t.new_empty(batch if need else 0, l, d)
-        for t, need in zip((x, input_gate, recurrence_gate), needs[:3], strict=True)
-    ]
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], d, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * d == 0:
-        return *gradients, torch.zeros_like(a_param[: d if needs[3] else 0]), dh0
+    dx, di, dr = room((x, input_gate, recurrence_gate), needs)
+    dh0 = state_room(h0, dh, needs[4], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [dx, di, dr, torch.zeros_like(a_param), dh0]
     x, input_gate, recurrence_gate = channels_last(x), channels_last(input_gate), channels_last(recurrence_gate)
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps)
-    integers = (
-        *(l, d, blocks, length, segments, -1 if reverse else 1),
-        *batch_and_time(x, input_gate, recurrence_gate, dy),
-    )
+    blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
+    strides = batch_and_time(x, input_gate, recurrence_gate, dy)
+    integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
     slopes = x.new_empty(batch, segments, d, dtype=torch.float32) if needs[3] else None
-    outputs = [gradient if need else None for gradient, need in zip(gradients, needs[:3], strict=True)]
     launch(
         rg_lru_backward, batch, d, blocks, segments, x,
-        (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh),
-        (states, *outputs, slopes, None if h0 is None else dh0), integers,
+        (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh), (states, dx, di, dr, slopes, dh0), integers,
         (scale_first, config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
-    da_param = a_param.new_empty(d if needs[3] else 0)
-    if slopes is not None:
-        da_param.copy_(-8 * a_param.float().sigmoid() * slopes.sum((0, 1)))
-    return *gradients, da_param, dh0
+    da_param = None if slopes is None else -8 * a_param.float().sigmoid() * slopes.sum((0, 1))
+    return [dx, di, dr, da_param, dh0]

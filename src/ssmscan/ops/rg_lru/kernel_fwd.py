@@ -12,15 +12,16 @@ from ssmscan.ops._triton.walk import (
     batch_and_time,
     bits,
     channels_last,
+    cover,
     edges,
     enter_bands,
     enter_segment,
     gather_states,
     launch,
-    load_tile,
-    plan,
-    store_tile,
+    load_rows,
+    store_rows,
 )
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.ops.rg_lru.configs import FORWARD
 
 
@@ -52,10 +53,10 @@ def _tile(
     t = tl.cast(t, tl.int64)
     row = tl.arange(0, 32).to(tl.int64)
     exists = t + row < L
-    xs = load_tile(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
-    gis = load_tile(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
+    gis = load_rows(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
     # A closed gate keeps the state.
-    grs = load_tile(
+    grs = load_rows(
         recurrence_gate + t * r_step, row * r_step, exists, channels, D, float("-inf"), BD, EVEN, WHOLE
     )  # fmt: skip
     band = tl.arange(0, 2 * BD) // BD
@@ -98,11 +99,11 @@ def _tile(
             state = tl.fma(decays[i], state, inputs[i])
             hs = hs + (state,)
         step = direction * D
-        store_tile(y + t * step, row * step, exists, hs, channels, D, BD, EVEN, WHOLE)
+        store_rows(y + t * step, row * step, exists, hs, channels, D, BD, EVEN, WHOLE)
         if sequence is not None:
             ends = edges(sequence, t, row, direction, L, True)
             if bits(ends) != 0:
-                store_tile(hn, owner * D, ends, hs, channels, D, BD, False, False)
+                store_rows(hn, owner * D, ends, hs, channels, D, BD, False, False)
     return h, product
 
 
@@ -170,18 +171,10 @@ def rg_lru_forward(
         tl.store(hn + batch * D + channels, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    scale_first: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    reverse, scale_first = options
     batch, l, d = x.shape
     y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.
@@ -194,7 +187,7 @@ def forward(
     h0 = None if h0 is None else h0.contiguous()
     config = FORWARD[x.dtype.itemsize]
     # The warps of both bands walk the same channels.
-    blocks, length, segments = plan(batch, l, d, config.BD, config.warps // 2, 2 * ROWS)
+    blocks, length, segments = cover(batch, l, d, config.BD, config.warps // 2, 2 * ROWS)
     strides = batch_and_time(x, input_gate, recurrence_gate)
     integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
     launch(

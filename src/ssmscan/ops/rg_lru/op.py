@@ -10,6 +10,7 @@ from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.rg_lru import autograd, plain, reference
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.shapes import check_rank, check_shape, check_tensors, state_dtype
 
 if TYPE_CHECKING:
@@ -85,12 +86,12 @@ def rg_lru(
     sequence = None
     if cu_seqlens is not None:
         sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0)
-    arguments = (x, input_gate, recurrence_gate, a_param, h0, sequence, reverse, scale_first)
+    inputs, options = Inputs(x, input_gate, recurrence_gate, a_param, h0, sequence), Options(reverse, scale_first)
     if implementation == "reference":
-        return reference.rg_lru(*arguments)
+        return reference.rg_lru(*inputs, *options)
     if implementation == "torch":
-        return plain.rg_lru(*arguments)
-    return autograd.rg_lru(*arguments, implementation)
+        return plain.rg_lru(*inputs, *options)
+    return autograd.rg_lru(inputs, options, implementation)
 
 
 def rg_lru_step(

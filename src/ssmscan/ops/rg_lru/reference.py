@@ -51,9 +51,7 @@ def rg_lru(
     return y, torch.cat(states) if states else h
 
 
-def _next(
-    x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor, scale: bool
-) -> Tensor:
+def _next(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor, scale: bool) -> Tensor:
     x, i, r, parameter = (v.to(h.dtype) for v in (x, input_gate, recurrence_gate, a_param))
     log_a = -8 * torch.sigmoid(r) * F.softplus(parameter)
     u = torch.sigmoid(i) * x

@@ -10,6 +10,7 @@ from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.selective_scan import autograd, plain, reference
+from ssmscan.ops.selective_scan.autograd import Inputs, Options
 from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -90,13 +91,12 @@ def selective_scan(
     sequence = None
     if cu_seqlens is not None:
         sequence, h0 = pack(cu_seqlens, l, x.new_zeros(state, dtype=dtype) if h0 is None else h0)
+    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
     if implementation == "reference":
-        return reference.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
+        return reference.selective_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.selective_scan(x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
-    return autograd.selective_scan(
-        x, dt, A, B, C, D, z, dt_bias, h0, sequence, bool(dt_softplus), bool(reverse), implementation
-    )
+        return plain.selective_scan(*inputs, *options)
+    return autograd.selective_scan(inputs, options, implementation)
 
 
 def selective_scan_step(

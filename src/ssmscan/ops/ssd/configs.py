@@ -68,7 +68,7 @@ def _narrow(tiles: Tiles, config: Config) -> Config:
     return config if min(tiles.BP, tiles.BN) >= 32 else config._replace(warps=4)
 
 
-def choose(x: Tensor, n: int, backward: bool) -> Tiles:
+def tiles_for(x: Tensor, n: int, backward: bool) -> Tiles:
     """The state's tile stays in registers; each product in float32 takes three, of operands in two parts."""
     exact = x.dtype.itemsize == 4
     BN = max(padded(n), 16)
@@ -88,7 +88,7 @@ def _channels(p: int, most: int) -> int:
     return max(min(padded(p), most), 16)
 
 
-def plan(programs: int, chunks: int) -> tuple[int, int]:
+def segments_for(programs: int, chunks: int) -> tuple[int, int]:
     """The chunks of a segment, and how many segments fill the device."""
     wanted = min(max(PROGRAMS // programs, 1), max(chunks // SHORTEST, 1))
     length = max(-(-chunks // wanted), 1)

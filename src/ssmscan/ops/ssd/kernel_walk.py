@@ -18,7 +18,7 @@ from ssmscan.ops._triton.activation import exp2, sigmoid
 from ssmscan.ops._triton.fetch import fetch
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import Tiles, plan, walk_config
+from ssmscan.ops.ssd.configs import Tiles, segments_for, walk_config
 from ssmscan.ops.ssd.step_sizes import Steps, token_strides
 from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
 
@@ -201,7 +201,7 @@ def walk(
     delta, weights, sums = (t[scan] for t in steps)
     chunks = delta.shape[2]
     blocks = -(-p // tiles.BP)
-    length, segments = plan(batch * heads * blocks, chunks)
+    length, segments = segments_for(batch * heads * blocks, chunks)
     u, v = from_first(u, 1, reverse), from_first(v, 1, reverse)
     c, z, y, added = (None if t is None else from_first(t, 1, reverse) for t in (c, z, y, added))
     of_tokens = [token_strides(t, reverse) for t in (u, v, c, z, y)]

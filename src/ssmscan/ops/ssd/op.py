@@ -12,6 +12,7 @@ from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import check_cu_seqlens, pack
 from ssmscan.ops.ssd import autograd, plain, reference
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -99,14 +100,14 @@ def ssd(
         sequence, state = pack(cu_seqlens, l, state)
         h0 = state.expand(batch, heads, p, n)
     low, high = map(float, dt_limit)
-    arguments = (x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, low, high, reverse)
+    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, low, high, reverse)
     if implementation == "reference":
-        return reference.ssd(*arguments)
+        return reference.ssd(*inputs, *options)
     if implementation == "torch":
         # Autocast would round the matrix products to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return plain.ssd(*arguments)
-    return autograd.ssd(*arguments, implementation)
+            return plain.ssd(*inputs, *options)
+    return autograd.ssd(inputs, options, implementation)
 
 
 def ssd_step(
