@@ -38,7 +38,7 @@ TRITON = _installed("triton")
 NUMBA = _installed("numba")
 # Triton reads the same variable when it decorates a kernel, so it has to be set before the first call.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# PyTorch calls AMD's GPUs "cuda" too.
+# PyTorch calls AMD's GPUs "cuda" too, for which the PTX in the kernels means nothing.
 ROCM = torch.version.hip is not None
 
 
@@ -50,7 +50,7 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
         if device != "cuda" and not INTERPRET:
             return f"needs a CUDA tensor, got {device}"
         if device == "cuda" and ROCM:
-            return "needs an NVIDIA GPU, whose PTX the kernels contain, got a ROCm device"
+            return "needs an NVIDIA GPU, got a ROCm device"
         if dtype is torch.float64:
             return "needs float32, bfloat16 or float16, got torch.float64"
     if backend == "cpu":

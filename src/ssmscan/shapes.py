@@ -33,12 +33,14 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def check_tensors(function: str, required: Mapping[str, Tensor], **optional: Tensor | None) -> None:
-    """Each of ``required``, and of ``optional`` what is given, is a dense floating tensor, all on one device."""
+def check_tensors(function: str, required: Mapping[str, Tensor | None], **optional: Tensor | None) -> None:
+    """Each of ``required``, and of ``optional`` what is not None, is a dense floating tensor, all on one device."""
     first = device = None
     for tensors in (required, optional):
         for name, tensor in tensors.items():
-            if tensor is None and tensors is optional:
+            if tensor is None:
+                if tensors is required:
+                    check_dense(function, name, tensor)
                 continue
             if (
                 type(tensor) not in _USUAL
@@ -57,7 +59,7 @@ def check_tensors(function: str, required: Mapping[str, Tensor], **optional: Ten
                 raise ValueError(error(function, rule, tensor.device, "Move it there."))
 
 
-def check_dense(function: str, name: str, tensor: Tensor) -> None:
+def check_dense(function: str, name: str, tensor: object) -> None:
     """All of ``tensor`` lies in the memory of this process, at strides: it is not sparse, nested or distributed."""
     if not isinstance(tensor, Tensor):
         rule = f"{name} must be a torch.Tensor"

@@ -17,8 +17,7 @@ LENGTHS = (3, 0, 5)
 
 
 def _refuses(function, call, error, *parts, **changes):
-    """``function`` with ``changes`` raises ``error``; its text names it and ``parts``, ends as a sentence, is returned.
-    """
+    """``function`` with ``changes`` raises ``error``; its text, returned, names it and ``parts`` and is a sentence."""
     arguments = {**call.tensors, **call.keywords, **changes}
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type != "meta"}
     before = {name: tensor.clone() for name, tensor in tensors.items()}

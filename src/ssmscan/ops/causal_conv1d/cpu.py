@@ -7,9 +7,9 @@ its derivative are PyTorch's, whose exponential is vectorised too.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.shapes import state_dtype
 
@@ -17,7 +17,7 @@ from ssmscan.shapes import state_dtype
 BLOCK = 256
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _input(x, strides, h, i, sequence, low, high, p, reverse, first, end):
     """The input at position p of a sequence, in scan order; those before its start are in its state."""
     if p < 0:
@@ -26,7 +26,7 @@ def _input(x, strides, h, i, sequence, low, high, p, reverse, first, end):
     return x[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, strides, h, taps, bias, bounds, z, hn, reverse, i, first, end):
     w, width = taps.shape[0], end - first
     for s in range(len(bounds) - 1):
@@ -52,7 +52,7 @@ def _forward(x, strides, h, taps, bias, bounds, z, hn, reverse, i, first, end):
                 hr[j] = xr[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, dz, strides, h, taps, bounds, dh, dx, dh0, sums, reverse, i, first, end):
     w, width = taps.shape[0], end - first
     block = np.zeros((w + 1, width), x.dtype)
@@ -98,7 +98,7 @@ def _backward(x, dz, strides, h, taps, bounds, dh, dx, dh0, sums, reverse, i, fi
         _flush(block, sums[i, :, first:end])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _flush(block, total):
     for k in range(block.shape[0]):
         for j in range(block.shape[1]):

@@ -172,5 +172,6 @@ def _check(
 
 def _real(tensor: Tensor | None) -> Tensor | None:
     """The real part, whose dtype and device are checked in the tensor's stead."""
-    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
-    return tensor.real if dense and tensor.is_complex() else tensor
+    if isinstance(tensor, Tensor) and tensor.is_complex() and tensor.layout is torch.strided and not tensor.is_nested:
+        return tensor.real
+    return tensor
