@@ -90,7 +90,7 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, x: Tensor) -> None:
         raise ValueError(
             error(function, "x must have batch 1 with cu_seqlens", b, "Concatenate the sequences along the length.")
         )
-    if cu_seqlens.is_cpu and not observed(cu_seqlens):
+    if cu_seqlens.is_cpu and not observed((cu_seqlens,)):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != l:
             rule = f"cu_seqlens must start at 0 and end at the length {l}"

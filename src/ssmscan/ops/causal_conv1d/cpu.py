@@ -4,6 +4,8 @@ Each inner loop runs along the channels and writes one array, so that the compil
 its derivative are PyTorch's, whose exponential is vectorised too.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 # Rows whose products are summed before they go to the total: the error of a long sum in float32 grows with its length.
@@ -106,16 +109,9 @@ def _flush(block, total):
             block[k, j] = 0
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, weight, bias, h0, _, bounds = inputs
+    silu, reverse = options
     dtype = state_dtype(x, weight, bias, h0)
     z, hn = _convolve(x, weight, bias, _state(x, weight, h0, bounds, dtype), bounds, reverse)
     return (F.silu(z, inplace=True) if silu else z).to(x.dtype), hn
@@ -145,18 +141,10 @@ def _convolve(
 
 
 def backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    dy: Tensor,
-    dh: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, weight, bias, h0, _, bounds = inputs
+    silu, reverse = options
     batch, l, d = x.shape
     w = weight.shape[1]
     dtype = state_dtype(x, weight, bias, h0)

@@ -12,15 +12,19 @@ So it depends on w - 1 steps only, and a segment that is not the last one begins
 z is computed again from x.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.gradients import room, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops._triton.window import cover, from_first, load_row, rows_before, sequence_of, store_row
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.ops.causal_conv1d.configs import BACKWARD
 from ssmscan.ops.causal_conv1d.kernel_fwd import load_taps
 
@@ -133,30 +137,16 @@ def causal_conv1d_backward(
 
 
 def backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    dy: Tensor,
-    dh: Tensor | None,
-    silu: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias where ``needs`` says so, empty otherwise, and of h0 where it is given."""
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, weight, bias, h0, sequence, bounds = inputs
+    silu, reverse = options
     batch, l, d = x.shape
     w = weight.shape[1]
-    dx = x.new_empty(batch if needs[0] else 0, l, d)
-    dweight = weight.new_empty(d if needs[1] else 0, w)
-    dbias = (weight if bias is None else bias).new_empty(d if needs[2] else 0)
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], w - 1, d, dtype=torch.float32)
-    # The state of a sequence without a token passes through; the kernel writes the others.
-    if bounds is not None or l == 0:
-        dh0.zero_() if dh is None or h0 is None else dh0.copy_(dh)
+    dx, dweight, dbias = room((x, weight, bias), needs)
+    dh0 = state_room(h0, dh, needs[3], passes=bounds is not None or l == 0)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_(), dh0
+        return [dx, *(t if t is None else t.zero_() for t in (dweight, dbias)), dh0]
     x, dy = channels_last(x), channels_last(dy)
     h0, dh, bias = (None if t is None else t.contiguous() for t in (h0, dh, bias))
     direction = -1 if reverse else 1
@@ -164,13 +154,13 @@ def backward(
     blocks, length, segments = cover(batch, l, d, config.BD, config.rows, config.programs)
     items = batch * segments
     walkers = min(items, max(config.programs // blocks, 1))
-    partial = x.new_empty(walkers, w + 1, d, dtype=torch.float32) if needs[1] or needs[2] else None
+    parts = x.new_empty(walkers, (w + 1) * d, dtype=torch.float32) if needs[1] or needs[2] else None
     causal_conv1d_backward.launch(
         (blocks * walkers, 1, 1),
         (
             from_first(x, 1, reverse), from_first(dy, 1, reverse), weight.contiguous(), bias, h0,
             None if sequence is None else from_first(sequence, 0, reverse), bounds, dh,
-            from_first(dx, 1, reverse) if needs[0] else None, partial, None if h0 is None else dh0,
+            None if dx is None else from_first(dx, 1, reverse), parts, dh0,
         ),
         (
             l, d, length, segments, items, direction,
@@ -180,10 +170,6 @@ def backward(
         config.warps,
         config.registers,
     )  # fmt: skip
-    if partial is not None:
-        total = partial.sum(0)
-        if needs[1]:
-            dweight.copy_(total[:w].t())
-        if needs[2]:
-            dbias.copy_(total[w])
-    return dx, dweight, dbias, dh0
+    if parts is not None:
+        sum_rows(parts, (w * d, d, 0), (dweight, dbias, None), transposed=w)
+    return [dx, dweight, dbias, dh0]

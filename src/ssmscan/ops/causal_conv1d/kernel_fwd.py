@@ -9,6 +9,7 @@ from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops._triton.window import cover, from_first, load_row, rows_before, sequence_of, store_row
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.ops.causal_conv1d.configs import FORWARD
 
 
@@ -89,17 +90,10 @@ def causal_conv1d_forward(
         begin = stop
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """y and the final state."""
+    x, weight, bias, h0, sequence, bounds = inputs
+    silu, reverse = options
     batch, l, d = x.shape
     w = weight.shape[1]
     y = x.new_empty(batch, l, d)

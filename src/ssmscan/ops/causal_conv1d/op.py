@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.causal_conv1d import autograd, plain, reference
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import check_sequences, pack
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
@@ -77,33 +78,24 @@ def causal_conv1d(
     implementation = choose("causal_conv1d", backend, x.device.type, dtype)
     state = (weight.shape[1] - 1, x.shape[2])
     count = check_sequences("causal_conv1d", x, cu_seqlens, h0, "w-1, d", state, "x and weight")
+    options = Options(silu, reverse)
     if cu_seqlens is None:
-        return _run(implementation, x, weight, bias, h0, None, None, silu, reverse)
+        return _run(Inputs(x, weight, bias, h0, None, None), options, implementation)
     sequence, valid = pack(cu_seqlens, x.shape[1])
+    # The first token of each sequence, and the length.
     bounds = torch.searchsorted(sequence, torch.arange(count + 1, device=x.device, dtype=sequence.dtype))
     # A state is forgotten after w - 1 tokens, so NaN for bad bounds has to come by the weight to reach every output.
     poison = torch.where(valid, x.new_zeros((), dtype=dtype), torch.nan)
-    y, h = _run(implementation, x, weight + poison, bias, h0, sequence, bounds, silu, reverse)
+    y, h = _run(Inputs(x, weight + poison, bias, h0, sequence, bounds), options, implementation)
     return y, h + poison
 
 
-def _run(
-    implementation: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """Packed: each token's sequence number, and the first token of each sequence followed by the length."""
+def _run(inputs: Inputs, options: Options, implementation: str) -> tuple[Tensor, Tensor]:
     if implementation == "reference":
-        return reference.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
+        return reference.causal_conv1d(*inputs, *options)
     if implementation == "torch":
-        return plain.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse)
-    return autograd.causal_conv1d(x, weight, bias, h0, sequence, bounds, silu, reverse, implementation)
+        return plain.causal_conv1d(*inputs, *options)
+    return autograd.causal_conv1d(inputs, options, implementation)
 
 
 def causal_conv1d_step(

@@ -4,6 +4,8 @@ The gate and its derivative are PyTorch's, whose exponential is vectorised. A su
 that it is vectorised too; the order is the same for every row.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, run
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 # Rows of a part. The sum of the parts does not depend on the number of threads.
@@ -82,7 +85,9 @@ def _backward(x, gate, weight, dy, dx, dgate, total, eps, size, after, part, beg
                         dxr[j] *= gr[j]
 
 
-def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool) -> Tensor:
+def forward(inputs: Inputs, options: Options) -> Tensor:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
     dtype = state_dtype(x, weight, z)
     y = empty(*x.shape, dtype=dtype)
     if y.numel() > 0:
@@ -94,16 +99,9 @@ def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, 
     return y.to(x.dtype)
 
 
-def backward(
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    dy: Tensor,
-    eps: float,
-    size: int,
-    norm_before_gate: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
     dtype = state_dtype(x, weight, z)
     d = x.shape[-1]
     n = x.numel() // max(d, 1)

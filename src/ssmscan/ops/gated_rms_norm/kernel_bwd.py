@@ -5,12 +5,16 @@ With u the normalised input (x·silu(z), or x), n = u·r for r = 1/sqrt(mean(u²
     du = r·(a − n·mean(a·n)),    dweight = Σ dy·n  (times silu(z) where the gate comes after).
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.gradients import room, sum_rows
 from ssmscan.ops._triton.launch import kernel, padded
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.ops.gated_rms_norm.configs import BACKWARD, tiling
 from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_tile, store_tile
 
@@ -66,36 +70,25 @@ def gated_rms_norm_backward(
         tl.store(partial + walker.to(tl.int64) * GROUPS * SIZE + first + channels, tl.sum(sums, 0), mask=inside)
 
 
-def backward(
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None,
-    dy: Tensor,
-    eps: float,
-    size: int,
-    norm_before_gate: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and z where ``needs`` says so, empty otherwise."""
-    dx, dweight, dz = (
-        t.new_empty(t.shape if need else (0,))
-        for t, need in zip((x, weight, x if z is None else z), needs, strict=True)
-    )
+def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
+    dx, dweight, dz = room(inputs, needs)
     if x.numel() == 0:
-        return dx, dweight.zero_(), dz
+        return [dx, dweight if dweight is None else dweight.zero_(), dz]
     x, dy, z = as_rows(x), as_rows(dy), None if z is None else as_rows(z)
     n, d = x.shape
     width = padded(size)
     row_bytes = width * (2 * x.element_size() + (0 if z is None else z.element_size()))
     groups, rows, walkers, warps, stages = tiling(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
-    partial = x.new_empty(walkers, d, dtype=torch.float32) if needs[1] else None
+    parts = None if dweight is None else x.new_empty(walkers, d, dtype=torch.float32)
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),
-        (x, weight.contiguous(), z, dy, dx if needs[0] else None, partial, dz if needs[2] else None),
+        (x, weight.contiguous(), z, dy, dx, parts, dz),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
         (eps, norm_before_gate, rows, width, size == width, stages),
         warps,
     )
-    if partial is not None:
-        dweight.copy_(partial.sum(0))
-    return dx, dweight, dz
+    if parts is not None:
+        sum_rows(parts, (d, 0, 0), (dweight, None, None))
+    return [dx, dweight, dz]

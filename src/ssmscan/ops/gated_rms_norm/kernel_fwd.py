@@ -7,6 +7,7 @@ from torch import Tensor
 from ssmscan.ops._triton.activation import sigmoid
 from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.ops.gated_rms_norm.configs import FORWARD, tiling
 
 
@@ -65,7 +66,9 @@ def as_rows(tensor: Tensor) -> Tensor:
     return channels_last(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool) -> Tensor:
+def forward(inputs: Inputs, options: Options) -> Tensor:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.gated_rms_norm import autograd, plain, reference
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -81,8 +82,9 @@ def gated_rms_norm(
     if d > 0 and (size <= 0 or d % size != 0):
         raise ValueError(error("gated_rms_norm", f"group_size must divide d = {d}", group_size))
     implementation = choose("gated_rms_norm", backend, x.device.type, state_dtype(x, weight, z))
+    inputs, options = Inputs(x, weight, z), Options(eps, size, norm_before_gate)
     if implementation == "reference":
-        return reference.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
+        return reference.gated_rms_norm(*inputs, *options)
     if implementation == "torch":
-        return plain.gated_rms_norm(x, weight, z, eps, size, norm_before_gate)
-    return autograd.gated_rms_norm(x, weight, z, eps, size, norm_before_gate, implementation)
+        return plain.gated_rms_norm(*inputs, *options)
+    return autograd.gated_rms_norm(inputs, options, implementation)

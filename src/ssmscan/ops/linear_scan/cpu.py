@@ -4,13 +4,15 @@ Each inner loop runs along the channels and writes one array, so that the compil
 row of ones read with stride zero. A state row belongs to a sequence, so packing needs no special case.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
-from ssmscan.ops.linear_scan.autograd import SPAN
+from ssmscan.ops.linear_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
@@ -88,27 +90,19 @@ def _backward(x, a, b, c, dy, strides, owner, h0, states, g, dx, da, db, dc, l, 
                 gr[j] *= ar[j]
 
 
-def forward(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    log: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, l, d = x.shape
     dtype = state_dtype(x, decay, b, c, h0)
     h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
-    inputs, strides = rows((x, decay.exp() if log else decay, b, c), x.shape, dtype)
+    arrays, strides = rows((x, decay.exp() if log else decay, b, c), x.shape, dtype)
     run(
         _forward,
         split(batch, d),
-        *inputs,
+        *arrays,
         strides,
         _owner(sequence),
         h.numpy(),
@@ -122,31 +116,22 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    log: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, l, d = x.shape
     dtype = states.dtype
     a = decay.exp() if log else decay
-    inputs, strides = rows((x, a, b, c, dy), x.shape, dtype)
+    arrays, strides = rows((x, a, b, c, dy), x.shape, dtype)
     shape = (batch if h0 is None else h0.shape[0], d)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
     start = torch.empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
-    gradients = [empty(batch if need else 0, l, d, dtype=dtype) for need in needs]
+    gradients = [empty(batch if need else 0, l, d, dtype=dtype) for need in needs[:4]]
     run(
         _backward,
         split(batch, d),
-        *inputs,
+        *arrays,
         strides,
         _owner(sequence),
         start.numpy(),

@@ -7,11 +7,13 @@ With g_t the gradient of h_t from all later steps, dh the returned state's and d
 The states of 16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.gradients import room, state_room
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     batch_and_time,
@@ -26,6 +28,7 @@ from ssmscan.ops._triton.walk import (
     store_rows,
     zeros,
 )
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.linear_scan.configs import BACKWARD
 
 
@@ -196,41 +199,23 @@ def linear_scan_backward(
 
 
 def backward(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    log: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of x, decay, b and c where ``needs`` says so, empty otherwise, and of h0 where it is given."""
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, l, d = x.shape
-    gradients = [
-        (x if t is None else t).new_empty(batch if need else 0, l, d)
-        for t, need in zip((x, decay, b, c), needs, strict=True)
-    ]
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], d, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * d == 0:
-        return *gradients, dh0
+    dx, da, db, dc = room((x, decay, b, c), needs)
+    dh0 = state_room(h0, dh, needs[4], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [dx, da, db, dc, dh0]
     x, decay, dy = channels_last(x), channels_last(decay), channels_last(dy)
     b, c = channels_last(b), channels_last(c)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
     blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
     integers = (l, d, length, segments, -1 if reverse else 1, *batch_and_time(x, decay, b, c, dy))
-    outputs = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
     launch(
         linear_scan_backward, batch, d, blocks, segments, x, (decay, b, c, dy, h0, sequence, dh),
-        (states, *outputs, None if h0 is None else dh0), integers,
-        (log, config.BD, d % config.BD == 0, config.stages), config.warps,
+        (states, dx, da, db, dc, dh0), integers, (log, config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
-    return *gradients, dh0
+    return [dx, da, db, dc, dh0]

@@ -20,6 +20,7 @@ from ssmscan.ops._triton.walk import (
     store_rows,
     zeros,
 )
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.linear_scan.configs import forward_config
 
 
@@ -141,18 +142,10 @@ def linear_scan_forward(
         tl.store(hn + batch * D + channels, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    log: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, l, d = x.shape
     y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.linear_scan import autograd, plain, reference
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import enter
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
@@ -69,11 +70,12 @@ def linear_scan(
     check_flags("linear_scan", reverse=reverse)
     dtype = state_dtype(x, decay, b, c, h0)
     implementation, sequence, h0 = enter("linear_scan", backend, x, dtype, cu_seqlens, h0, "d", x.shape[2:])
+    inputs, options = Inputs(x, decay, b, c, h0, sequence), Options(log, reverse)
     if implementation == "reference":
-        return reference.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
+        return reference.linear_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.linear_scan(x, decay, b, c, h0, sequence, log, reverse)
-    return autograd.linear_scan(x, decay, b, c, h0, sequence, log, reverse, implementation)
+        return plain.linear_scan(*inputs, *options)
+    return autograd.linear_scan(inputs, options, implementation)
 
 
 def linear_scan_step(

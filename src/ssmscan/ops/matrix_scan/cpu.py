@@ -4,13 +4,15 @@ Each inner loop runs along the columns, so that the compiler vectorises it; a ma
 state belongs to a sequence, so packing needs no special case.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
-from ssmscan.ops.matrix_scan.autograd import SPAN
+from ssmscan.ops.matrix_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
@@ -78,19 +80,19 @@ def _backward(x, a, dy, strides, owner, h0, states, g, dx, da, l, c, reverse, i,
                     gr[j] *= decay
 
 
-def forward(
-    x: Tensor, log_a: Tensor, h0: Tensor | None, sequence: Tensor | None, reverse: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
     dtype = state_dtype(x, log_a, h0)
     h = torch.zeros(batch, r, c, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
     y = empty(batch, l, r, c, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), r, c, dtype=dtype)
-    inputs, strides = rows((x.flatten(2), log_a.to(dtype).exp()), x.shape, dtype)
+    arrays, strides = rows((x.flatten(2), log_a.to(dtype).exp()), x.shape, dtype)
     run(
         _forward,
         _parts(batch, r, c),
-        *inputs,
+        *arrays,
         strides,
         _owner(sequence),
         h.flatten(1).numpy(),
@@ -104,19 +106,13 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    log_a: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
     dtype = states.dtype
-    inputs, strides = rows((x.flatten(2), log_a.to(dtype).exp(), dy.flatten(2)), x.shape, dtype)
+    arrays, strides = rows((x.flatten(2), log_a.to(dtype).exp(), dy.flatten(2)), x.shape, dtype)
     shape = (batch if h0 is None else h0.shape[0], r, c)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
     start = empty(0, r, c, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
@@ -125,7 +121,7 @@ def backward(
     run(
         _backward,
         _parts(batch, r, c),
-        *inputs,
+        *arrays,
         strides,
         _owner(sequence),
         start.flatten(1).numpy(),

@@ -7,11 +7,14 @@ With g_t the gradient of H_t, in which the returned state's dh and all later ste
 The states of 16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.gradients import room, state_room
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     bits,
@@ -26,6 +29,7 @@ from ssmscan.ops._triton.walk import (
     store_rows,
     zeros,
 )
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.matrix_scan.configs import config
 from ssmscan.ops.matrix_scan.kernel_fwd import load_decays
 
@@ -168,48 +172,30 @@ def matrix_scan_backward(
 
 
 def backward(
-    x: Tensor,
-    log_a: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and log_a where ``needs`` says so, empty otherwise, and of h0 where it is given."""
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
-    dx = x.new_empty(batch if needs[0] else 0, l, r, c)
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], r, c, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * r * c == 0:
-        return dx, log_a.new_zeros(batch if needs[1] else 0, l, r), dh0
+    dx, dlog_a = room((x, log_a), needs)
+    dh0 = state_room(h0, dh, needs[2], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [dx, dlog_a if dlog_a is None else dlog_a.zero_(), dh0]
     BD, warps, stages = config(x.dtype.itemsize, c, sequence is not None)
     blocks, length, segments = cover(batch * r, l, c, BD, warps)
-    sums = log_a.dtype if blocks == 1 else torch.float32
-    da = log_a.new_empty(batch if needs[1] else 0, l, r, blocks, dtype=sums)
+    # Each block of columns has its part.
+    da = dlog_a
+    if dlog_a is not None and blocks > 1:
+        da = log_a.new_empty(batch, l, r, blocks, dtype=torch.float32)
     x, decay, dy = channels_last(x), log_a.float(), channels_last(dy)
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
-    integers = (
-        l,
-        r,
-        c,
-        length,
-        segments,
-        blocks,
-        -1 if reverse else 1,
-        *x.stride()[:3],
-        *decay.stride(),
-        *dy.stride()[:3],
-    )
-    outputs = (dx if needs[0] else None, da if needs[1] else None, None if h0 is None else dh0)
+    strides = (*x.stride()[:3], *decay.stride(), *dy.stride()[:3])
+    integers = (l, r, c, length, segments, blocks, -1 if reverse else 1, *strides)
     launch(
-        matrix_scan_backward, batch * r, c, blocks, segments, x, (decay, dy, h0, sequence, dh), (states, *outputs),
+        matrix_scan_backward, batch * r, c, blocks, segments, x, (decay, dy, h0, sequence, dh), (states, dx, da, dh0),
         integers, (BD, c % BD == 0, stages), warps,
     )  # fmt: skip
-    # A plain sum adds in the same order every time.
-    dlog_a = da.squeeze(-1) if blocks == 1 else da.sum(-1).to(log_a.dtype)
-    return dx, dlog_a, dh0
+    if da is not None and da is not dlog_a:
+        # A plain sum adds in the same order every time.
+        dlog_a = da.sum(-1)
+    return [dx, dlog_a, dh0]

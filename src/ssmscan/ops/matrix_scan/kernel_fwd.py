@@ -24,6 +24,7 @@ from ssmscan.ops._triton.walk import (
     store_rows,
     zeros,
 )
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.matrix_scan.configs import config
 
 
@@ -139,10 +140,10 @@ def matrix_scan_forward(
         tl.store(hn + batch * R * C + columns, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor, log_a: Tensor, h0: Tensor | None, sequence: Tensor | None, reverse: bool, save: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, log_a, h0, sequence = inputs
+    (reverse,) = options
     batch, l, r, c = x.shape
     y = x.new_empty(batch, l, r, c)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.matrix_scan import autograd, plain, reference
+from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import enter, first_tokens
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
@@ -74,11 +75,12 @@ def matrix_scan(
     implementation, sequence, h0 = enter("matrix_scan", backend, x, dtype, cu_seqlens, h0, "r, c", x.shape[2:])
     if cumulative:
         decay = _differences(decay.to(dtype), sequence, reverse)
+    inputs, options = Inputs(x, decay, h0, sequence), Options(reverse)
     if implementation == "reference":
-        return reference.matrix_scan(x, decay, h0, sequence, reverse)
+        return reference.matrix_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.matrix_scan(x, decay, h0, sequence, reverse)
-    return autograd.matrix_scan(x, decay, h0, sequence, reverse, implementation)
+        return plain.matrix_scan(*inputs, *options)
+    return autograd.matrix_scan(inputs, options, implementation)
 
 
 def matrix_scan_step(

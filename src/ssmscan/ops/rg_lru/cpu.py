@@ -5,6 +5,8 @@ channels and writes one array, so that the compiler vectorises it too. A state r
 needs no special case.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
-from ssmscan.ops.rg_lru.autograd import SPAN
+from ssmscan.ops.rg_lru.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
@@ -99,27 +101,20 @@ def _backward(
     slopes[i, first:end] = slope
 
 
-def forward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    (reverse,) = options
     batch, l, d = x.shape
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
     h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
     gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype))
-    inputs, strides = rows((x, gi, a, gain), x.shape, dtype)
+    arrays, strides = rows((x, gi, a, gain), x.shape, dtype)
     run(
         _forward,
         split(batch, d),
-        *inputs,
+        *arrays,
         strides,
         _owner(sequence),
         h.numpy(),
@@ -132,23 +127,15 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    (reverse,) = options
     batch, l, d = x.shape
     dtype = states.dtype
     rate = _rate(a_param, dtype)
     gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate)
-    inputs, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
+    arrays, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
     shape = (batch if h0 is None else h0.shape[0], d)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
     start = empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
@@ -157,7 +144,7 @@ def backward(
     run(
         _backward,
         split(batch, d),
-        *inputs,
+        *arrays,
         strides,
         rate.numpy(),
         _owner(sequence),

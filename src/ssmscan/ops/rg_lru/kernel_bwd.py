@@ -11,12 +11,15 @@ s = √(1 − a²) and rate = 8·softplus(Λ):
 16 steps are recomputed in registers from the one that the forward saved before them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
+from ssmscan.ops._triton.gradients import room, state_room
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     batch_and_time,
@@ -30,6 +33,7 @@ from ssmscan.ops._triton.walk import (
     load_rows,
     store_rows,
 )
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.ops.rg_lru.configs import BACKWARD
 from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
 
@@ -205,48 +209,27 @@ def rg_lru_backward(
 
 
 def backward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    states: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of x, both gates and a_param where ``needs`` says so, empty otherwise, and of h0 where given."""
+    inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    (reverse,) = options
     batch, l, d = x.shape
-    gradients = [
-        t.new_empty(batch if need else 0, l, d)
-        for t, need in zip((x, input_gate, recurrence_gate), needs[:3], strict=True)
-    ]
-    dh0 = x.new_empty(0 if h0 is None else h0.shape[0], d, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * d == 0:
-        return *gradients, torch.zeros_like(a_param[: d if needs[3] else 0]), dh0
+    dx, di, dr = room((x, input_gate, recurrence_gate), needs)
+    dh0 = state_room(h0, dh, needs[4], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [dx, di, dr, torch.zeros_like(a_param), dh0]
     x, input_gate, recurrence_gate = channels_last(x), channels_last(input_gate), channels_last(recurrence_gate)
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
     config = BACKWARD[x.dtype.itemsize]
     blocks, length, segments = cover(batch, l, d, config.BD, config.warps)
-    integers = (
-        *(l, d, blocks, length, segments, -1 if reverse else 1),
-        *batch_and_time(x, input_gate, recurrence_gate, dy),
-    )
+    strides = batch_and_time(x, input_gate, recurrence_gate, dy)
+    integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
     slopes = x.new_empty(batch, segments, d, dtype=torch.float32) if needs[3] else None
-    outputs = [gradient if need else None for gradient, need in zip(gradients, needs[:3], strict=True)]
     launch(
         rg_lru_backward, batch, d, blocks, segments, x,
-        (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh),
-        (states, *outputs, slopes, None if h0 is None else dh0), integers,
+        (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh), (states, dx, di, dr, slopes, dh0), integers,
         (config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
-    da_param = a_param.new_empty(d if needs[3] else 0)
-    if slopes is not None:
-        da_param.copy_(-8 * a_param.float().sigmoid() * slopes.sum((0, 1)))
-    return *gradients, da_param, dh0
+    da_param = None if slopes is None else -8 * a_param.float().sigmoid() * slopes.sum((0, 1))
+    return [dx, di, dr, da_param, dh0]

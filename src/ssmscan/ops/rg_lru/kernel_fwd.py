@@ -21,6 +21,7 @@ from ssmscan.ops._triton.walk import (
     load_rows,
     store_rows,
 )
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.ops.rg_lru.configs import FORWARD
 
 
@@ -165,17 +166,10 @@ def rg_lru_forward(
         tl.store(hn + batch * D + channels, h, mask=inside & (end == L))
 
 
-def forward(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    (reverse,) = options
     batch, l, d = x.shape
     y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.

@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import enter
 from ssmscan.ops.rg_lru import autograd, plain, reference
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, state_dtype
 
 if TYPE_CHECKING:
@@ -74,12 +75,12 @@ def rg_lru(
     check_flags("rg_lru", reverse=reverse)
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
     implementation, sequence, h0 = enter("rg_lru", backend, x, dtype, cu_seqlens, h0, "d", x.shape[2:])
-    arguments = (x, input_gate, recurrence_gate, a_param, h0, sequence, reverse)
+    inputs, options = Inputs(x, input_gate, recurrence_gate, a_param, h0, sequence), Options(reverse)
     if implementation == "reference":
-        return reference.rg_lru(*arguments)
+        return reference.rg_lru(*inputs, *options)
     if implementation == "torch":
-        return plain.rg_lru(*arguments)
-    return autograd.rg_lru(*arguments, implementation)
+        return plain.rg_lru(*inputs, *options)
+    return autograd.rg_lru(inputs, options, implementation)
 
 
 def rg_lru_step(

@@ -7,12 +7,15 @@ conjugates are left out, else 1)
     h_t = a h_{t-1} + b x_t,    y_t = Re(c h_t) + D x_t.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.system import weight
 
 # Steps whose states the backward recomputes at once.
@@ -135,37 +138,32 @@ def _backward(x, dy, strides, a, b, c, skip, h0, g, dx, da, db, dc, dskip, l, i,
     dc[i, :, :, first:end] = total[2]
 
 
-def forward(x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, z, B, C, D, h0 = inputs
     b, l, d = x.shape
     parameters, skip = _parameters(z, B, C, D)
     h = _initial(h0, b, C)
     y = torch.empty(b, l, d, dtype=h.dtype)
-    inputs, strides = rows((x,), x.shape, h.dtype)
-    run(_forward, split(b, d, WIDEST), *inputs, strides, *parameters, skip.numpy(), h.numpy(), y.numpy(), l)
+    arrays, strides = rows((x,), x.shape, h.dtype)
+    run(_forward, split(b, d, WIDEST), *arrays, strides, *parameters, skip.numpy(), h.numpy(), y.numpy(), l)
     return y.to(x.dtype), _joined(h)
 
 
 def backward(
-    x: Tensor,
-    z: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    h0: Tensor | None,
-    dy: Tensor,
-    dh: Tensor | None,
-) -> tuple[Tensor, ...]:
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, z, B, C, D, h0 = inputs
     b, l, d = x.shape
     parameters, skip = _parameters(z, B, C, D)
     start, g = _initial(h0, b, C), _initial(dh, b, C)
     dx = torch.empty(b, l, d, dtype=g.dtype)
     sums = [torch.empty_like(g) for _ in range(3)]
     dskip = torch.zeros(b, d, dtype=g.dtype)
-    inputs, strides = rows((x, dy), x.shape, g.dtype)
+    arrays, strides = rows((x, dy), x.shape, g.dtype)
     run(
         _backward,
         split(b, d, WIDEST),
-        *inputs,
+        *arrays,
         strides,
         *parameters,
         skip.numpy(),

@@ -6,11 +6,14 @@ as rows, the gradients of a channel's matrices are
     dT = Xᵀ dY,    dV = Xᵀ G,    dW = dYᵀ H,    dP = Σ conj(H) G.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.configs import GRAM
 from ssmscan.ops.s4d.kernel_fwd import (
     PROGRAMS,
@@ -106,8 +109,9 @@ def gram(x: Tensor, dy: Tensor, h: Tensor, g: Tensor, dtype: torch.dtype) -> tup
 
 
 def backward(
-    x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, dy: Tensor, dh: Tensor | None
-) -> tuple[Tensor, ...]:
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, z, B, C, D, h0 = inputs
     b, l, d = x.shape
     dtype = C.dtype
     dz, dB, dC = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (z, B, C))

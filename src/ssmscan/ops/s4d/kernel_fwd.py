@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.configs import STATES, WALK
 from ssmscan.ops.s4d.kernel_system import System, block, system
 from ssmscan.ops.s4d.system import CHUNK
@@ -198,7 +199,8 @@ def entrance(s: System, z: Tensor, h0: Tensor, first: int) -> tuple[Tensor, Tens
     return parts(start), parts(h0) @ W.mT, W
 
 
-def forward(x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, z, B, C, D, h0 = inputs
     b, l, d = x.shape
     if b * l * d == 0:
         return x.new_zeros(b, l, d), C.new_zeros(b, *C.shape) if h0 is None else h0.clone()

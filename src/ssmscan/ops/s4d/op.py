@@ -87,7 +87,7 @@ def s4d(
     if implementation == "torch":
         return plain.s4d(x, z, B, C.to(dtype), D, h0, mode)
     D, h0 = D if D is None else D.to(real), h0 if h0 is None else h0.to(dtype)
-    return autograd.s4d(x, z, B, C.to(dtype), D, h0, implementation)
+    return autograd.s4d(autograd.Inputs(x, z, B, C.to(dtype), D, h0), autograd.Options(), implementation)
 
 
 def s4d_step(

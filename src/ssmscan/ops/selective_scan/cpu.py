@@ -5,6 +5,7 @@ states of these channels stay in the cache. A state row belongs to a sequence, s
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import rows, run
-from ssmscan.ops.selective_scan.autograd import SPAN
+from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 # Channels that a thread walks together.
@@ -313,33 +314,21 @@ def _owner(sequence: Tensor | None) -> np.ndarray:
     return np.empty(0, np.int32) if sequence is None else sequence.numpy()
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, reverse = options
     batch, l, d = x.shape
     groups, n = B.shape[2:]
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     h = torch.zeros(batch, d, n, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
     y = torch.empty(batch, l, d, dtype=dtype)
     saved = torch.empty(batch if save else 0, -(-l // SPAN), n, d, dtype=dtype)
-    inputs, strides = rows((x, dt, x if z is None else z), x.shape, dtype)
+    arrays, strides = rows((x, dt, x if z is None else z), x.shape, dtype)
     bias = torch.zeros(d, dtype=dtype) if dt_bias is None else dt_bias
     run(
         _forward,
         _parts(batch, groups, d),
-        *inputs,
+        *arrays,
         strides,
         *(_dense(t, dtype) for t in (A.T, B, C, D, bias)),
         _owner(sequence),
@@ -355,29 +344,16 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    saved: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
+    inputs: Inputs, saved: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, reverse = options
     batch, l, d = x.shape
     groups, n = B.shape[2:]
     dtype = saved.dtype
     shape = (batch if h0 is None else h0.shape[0], d, n)
     g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
-    inputs, strides = rows((x, dt, x if z is None else z, dy), x.shape, dtype)
+    arrays, strides = rows((x, dt, x if z is None else z, dy), x.shape, dtype)
     bias = torch.zeros(d, dtype=dtype) if dt_bias is None else dt_bias
     start = torch.empty(0, d, n, dtype=dtype) if h0 is None else h0
     parts = _parts(batch, groups, d)
@@ -390,7 +366,7 @@ def backward(
     run(
         _backward,
         [(*part, number) for number, part in enumerate(parts)],
-        *inputs,
+        *arrays,
         strides,
         *(_dense(t, dtype) for t in (A.T, B, C, D, bias)),
         _owner(sequence),
@@ -412,7 +388,7 @@ def backward(
     given = [
         x.new_empty(0) if t is None or not need else t.new_empty(t.shape).copy_(v)
         for v, t, need in zip(
-            (dx, ddt, dA, dB, dC, dD.sum(0), dz, dbias.sum(0)), (x, dt, A, B, C, D, z, dt_bias), needs, strict=True
+            (dx, ddt, dA, dB, dC, dD.sum(0), dz, dbias.sum(0)), (x, dt, A, B, C, D, z, dt_bias), needs[:8], strict=True
         )
     ]
     return *given, g if h0 is not None else g[:0]

@@ -14,16 +14,20 @@ Each warp leaves its sums of dB and dC in the scratch too; they are added at the
 each other only there.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E, sigmoid
+from ssmscan.ops._triton.gradients import room, rows, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
-from ssmscan.ops.selective_scan.autograd import SPAN
+from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.ops.selective_scan.configs import backward_config
+from ssmscan.ops.selective_scan.interleave import interleave, separate
 from ssmscan.ops.selective_scan.kernel_fwd import passes, summarise
 from ssmscan.ops.selective_scan.lanes import (
     by_channel,
@@ -38,7 +42,7 @@ from ssmscan.ops.selective_scan.lanes import (
     sum_channels,
     sum_states,
 )
-from ssmscan.ops.selective_scan.plan import cover, interleave, rates_of, runs_of, separate
+from ssmscan.ops.selective_scan.plan import cover, rates_of, runs_of
 from ssmscan.ops.selective_scan.tile import LN2, in_run, vary
 
 # Sums of dB and dC that are added at a time.
@@ -155,7 +159,7 @@ def _add_sums(sums, partial, first, low, high, N: tl.constexpr, KEPT: tl.constex
 @kernel(do_not_specialize=["L", "n", "one", "length", "segments"])
 def selective_scan_backward(
     x, dt, A, BC, D, z, dt_bias, dy, h0, owners, starts, ends, saved, scratch, dh, elapsed, totals,
-    dx, ddt, dz, dA, partial, dD, ddt_bias, dh0,
+    dx, ddt, dz, parts, partial, dh0,
     L, d, n, per_group, blocks, length, segments, one,
     x_batch, x_time, dt_batch, dt_time, z_batch, z_time, dy_batch, dy_time,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
@@ -304,86 +308,67 @@ def selective_scan_backward(
         if begin == 0:
             store_lanes(dh0 + batch * d * n, channels, inside, n * one, one, n, N, g)
     row = batch * segments + segment
-    if dA is not None:
-        store_lanes(dA + row * d * n, channels, inside, n * one, one, n, N, dA_sum)
-    if dD is not None:
-        tl.store(dD + row * d + channels, tl.sum(dD_sum, 2), mask=inside)
-    if ddt_bias is not None:
-        tl.store(ddt_bias + row * d + channels, tl.sum(dbias, 2), mask=inside)
+    if parts is not None:
+        # Those of A, of D and of dt_bias.
+        parts += row * (n + 2) * d
+        store_lanes(parts, channels, inside, n * one, one, n, N, dA_sum)
+        if D is not None:
+            tl.store(parts + n * d + channels, tl.sum(dD_sum, 2), mask=inside)
+        if dt_bias is not None:
+            tl.store(parts + (n + 1) * d + channels, tl.sum(dbias, 2), mask=inside)
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    saved: Tensor,
-    dy: Tensor,
-    dh: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of x, dt, A, B, C, D, z, dt_bias where ``needs`` says so, empty otherwise, and of h0 if given."""
+    inputs: Inputs, saved: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, reverse = options
     batch, l, d = x.shape
     groups, n = B.shape[2:]
-    inputs = (x, dt, A, B, C, D, z, dt_bias)
-    dh0 = x.new_empty((0, *A.shape) if h0 is None else h0.shape, dtype=torch.float32)
-    if sequence is not None:
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
-    if batch * d * l == 0:
-        if sequence is None and h0 is not None:
-            dh0.copy_(dh) if dh is not None else dh0.zero_()
-        empty = (
-            x.new_empty(0) if t is None or not need else t.new_zeros(t.shape)
-            for t, need in zip(inputs, needs, strict=True)
-        )
-        return *empty, dh0
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias = gradients = room(inputs[:8], needs)
+    dh0 = state_room(h0, dh, needs[8], passes=sequence is not None or l == 0)
+    if x.numel() == 0:
+        return [*(t if t is None else t.zero_() for t in gradients), dh0]
     x, dt, z, dy = (channels_last(t) for t in (x, dt, z, dy))
     D, dt_bias, h0, dh = (t if t is None else t.contiguous() for t in (D, dt_bias, h0, dh))
     config = backward_config(n)
     N, BD = config.states, config.BD
     plan = cover(batch, l, d, groups, config, SPAN)
     runs = runs_of(sequence, reverse)
-    rates, BC = rates_of(A, N), interleave(B, C, N, reverse)
+    rates = rates_of(A, N)
     elapsed, totals = summarise(dy, dt, A, C, z, dt_bias, dh, runs, softplus, reverse, True, plan)
-
-    def float32(need: bool, *shape: int) -> Tensor | None:
-        return x.new_empty(shape, dtype=torch.float32) if need else None
-
-    def like(t: Tensor | None, need: bool) -> Tensor | None:
-        return t.new_empty(batch, l, d) if t is not None and need else None
 
     # As many batch rows at once as fill the device: they share the scratch, and the sums of dB and dC over channels.
     walkers = groups * plan.blocks
     at_once = min(max(config.programs // (walkers * plan.segments), 1), batch)
-    tiles, size = -(-l // 4), config.kept * SPAN * 2 * N + SPAN // 4 * N * BD
-    dx, ddt, dz = like(x, needs[0]), like(dt, needs[1]), like(z, needs[6])
-    dA, dD = float32(needs[2], batch, plan.segments, d, n), float32(needs[5] and D is not None, batch, plan.segments, d)
-    ddt_bias = float32(needs[7] and dt_bias is not None, batch, plan.segments, d)
-    dBC = float32(needs[3] or needs[4], batch, groups, tiles * 8 * N)
-    partial = float32(dBC is not None, at_once, groups, plan.blocks, tiles * 8 * N)
-    scratch = x.new_empty(at_once * walkers * plan.segments * size, dtype=torch.float32)
+    steps = -(-l // 4) * 4
+    sums = bool(needs[2] or needs[5] or needs[7])
+    # In one piece of memory: B and C; the sums of dB and dC of each program; the scratch; of each segment the sums for
+    # A, D and dt_bias.
+    lengths = (
+        batch * groups * steps * 2 * N,
+        at_once * walkers * steps * 2 * N if needs[3] or needs[4] else 0,
+        at_once * walkers * plan.segments * (config.kept * SPAN * 2 * N + SPAN // 4 * N * BD),
+        batch * plan.segments * (n + 2) * d if sums else 0,
+    )
+    BC, sums_BC, scratch, sums_A = x.new_empty(sum(lengths), dtype=torch.float32).split(lengths)
+    BC = BC.view(batch, groups, steps, 2, N)
+    partial = sums_BC.view(at_once, groups, plan.blocks, -1) if lengths[1] else None
+    parts = sums_A.view(batch * plan.segments, (n + 2) * d) if sums else None
+    interleave(B, C, BC, N, reverse)
     for begin in range(0, batch, at_once):
-        part = slice(begin, begin + at_once)
-        # Packed sequences have one batch row, and many states.
-        own = part if sequence is None else slice(None)
-        x_, dt_, z_, dy_, BC_, saved_, elapsed_, totals_, dx_, ddt_, dz_, dA_, dD_, ddt_bias_, dBC_ = (
-            None if t is None else t[part]
-            for t in (x, dt, z, dy, BC, saved, elapsed, totals, dx, ddt, dz, dA, dD, ddt_bias, dBC)
+        part = slice(begin, begin + at_once) if at_once < batch else None
+        count = min(at_once, batch - begin)
+        x_, dt_, z_, dy_, BC_, saved_, elapsed_, totals_, dx_, ddt_, dz_, dB_, dC_ = rows(
+            part, x, dt, z, dy, BC, saved, elapsed, totals, dx, ddt, dz, dB, dC
         )
-        h0_, dh_, dh0_ = (None if t is None else t[own] for t in (h0, dh, None if h0 is None else dh0))
+        # Packed sequences have one batch row, and many states.
+        h0_, dh_, dh0_ = rows(part if sequence is None else None, h0, dh, dh0)
+        (parts_,) = rows(slice(begin * plan.segments, None) if begin > 0 else None, parts)
         selective_scan_backward.launch(
-            (x_.shape[0] * walkers, plan.segments, 1),
+            (count * walkers, plan.segments, 1),
             (x_, dt_, rates, BC_, D, z_, dt_bias, dy_, h0_, *runs, saved_, scratch, dh_, elapsed_, totals_)
-            + (dx_, ddt_, dz_, dA_, partial, dD_, ddt_bias_, dh0_),
+            + (dx_, ddt_, dz_, parts_, partial, dh0_),
             (l, d, n, d // groups, plan.blocks, plan.length, plan.segments, 1)
             + (*batch_and_time(x, dt), *batch_and_time(z, dy)),
             (softplus, reverse, N, BD // config.repeats, config.repeats, config.channels, config.kept, SPAN),
@@ -391,19 +376,7 @@ def backward(
             config.registers,
         )
         if partial is not None:
-            torch.sum(partial[: x_.shape[0]], 2, out=dBC_)
-    # Not while dB and dC are put in order.
-    del scratch, partial
-    gradients = [dx, ddt, dA, None, None, dD, dz, ddt_bias]
-    if dBC is not None:
-        gradients[3:5] = (
-            t if need else None for t, need in zip(separate(dBC, config, l, n, reverse), needs[3:5], strict=True)
-        )
-    for i in (2, 5, 7):
-        parts = gradients[i]
-        gradients[i] = None if parts is None else parts.sum((0, 1))
-    for i in (2, 3, 4, 5, 7):
-        total, t = gradients[i], inputs[i]
-        if total is not None and t is not None:
-            gradients[i] = t.new_empty(t.shape).copy_(total)
-    return *(x.new_empty(0) if gradient is None else gradient for gradient in gradients), dh0
+            separate(partial, dB_, dC_, (count, l, groups, n), config, reverse)
+    if parts is not None:
+        sum_rows(parts, (n * d, d, d), (dA, dD, ddt_bias))
+    return [dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0]

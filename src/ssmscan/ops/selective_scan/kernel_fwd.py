@@ -16,7 +16,7 @@ from ssmscan.ops._triton.activation import LOG2E, sigmoid
 from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
-from ssmscan.ops.selective_scan.autograd import SPAN
+from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.ops.selective_scan.configs import FORWARD, forward_tile
 from ssmscan.ops.selective_scan.plan import batch_time_group, cover, matrix, runs_of
 from ssmscan.ops.selective_scan.tile import (
@@ -256,22 +256,10 @@ def summarise(
     return elapsed, totals
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every SPAN-th step."""
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, reverse = options
     batch, l, d = x.shape
     groups, n = B.shape[2:]
     y = x.new_empty(batch, l, d)

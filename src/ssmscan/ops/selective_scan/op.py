@@ -9,6 +9,7 @@ from torch import Tensor
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import enter
 from ssmscan.ops.selective_scan import autograd, plain, reference
+from ssmscan.ops.selective_scan.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def selective_scan(
     implementation, sequence, h0 = enter(
         "selective_scan", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A"
     )
-    arguments = (x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, reverse)
+    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
     if implementation == "reference":
-        return reference.selective_scan(*arguments)
+        return reference.selective_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.selective_scan(*arguments)
-    return autograd.selective_scan(*arguments, implementation)
+        return plain.selective_scan(*inputs, *options)
+    return autograd.selective_scan(inputs, options, implementation)
 
 
 def selective_scan_step(

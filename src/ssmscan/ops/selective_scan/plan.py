@@ -46,25 +46,6 @@ def runs_of(sequence: Tensor | None, reverse: bool) -> tuple[Tensor | None, Tens
 
 def rates_of(A: Tensor, N: int) -> Tensor:
     """A in float32, (d, N), with zeros up to N states."""
+    if A.shape[1] == N:
+        return A.float().contiguous()
     return torch.nn.functional.pad(A.float(), (0, N - A.shape[1])).contiguous()
-
-
-def interleave(B: Tensor, C: Tensor, N: int, reverse: bool) -> Tensor:
-    """B and C in scan order, (b, g, l, 2, N) in float32, with zeros up to N states and whole tiles of four steps."""
-    batch, l, groups, n = B.shape
-    wide = B.new_empty(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
-    if n < N or l % 4 != 0:
-        wide.zero_()
-    for i, rows in enumerate((B, C)):
-        wide[:, :, :l, i, :n] = (rows.flip(1) if reverse else rows).transpose(1, 2)
-    return wide
-
-
-def separate(dBC: Tensor, config: BackwardConfig, l: int, n: int, reverse: bool) -> tuple[Tensor, Tensor]:
-    """dB and dC, (b, l, g, n), from the order in which lanes hold them; see :func:`~.lanes.sum_channels`."""
-    channels, states = config.channels, config.states // 4
-    lanes = dBC.view(*dBC.shape[:2], -1, channels, states, 8 // channels, 4)
-    # Of 8 numbers, which stand in the axes of channels and of 8 / channels, 4 are for B and 4 for C.
-    both = lanes.permute(0, 2, 6, 1, 3, 5, 4).reshape(dBC.shape[0], -1, dBC.shape[1], 2, 4, states)[:, :l]
-    dB, dC = both.transpose(4, 5).reshape(*both.shape[:4], -1)[..., :n].unbind(3)
-    return (dB.flip(1), dC.flip(1)) if reverse else (dB, dC)

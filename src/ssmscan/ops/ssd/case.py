@@ -96,7 +96,12 @@ CASE = OpCase(
         Refusal("limit that is no number", lambda call: call.update(dt_limit=(torch.nan, 1.0)), ValueError, "dt_limit"),
         Refusal("no limits", lambda call: call.update(dt_limit=None), TypeError, "dt_limit"),
         Refusal("limits in text", lambda call: call.update(dt_limit=("0", "1")), TypeError, "dt_limit"),
-        Refusal("B without groups", lambda call: call.update(B=call["B"][:, :, 0]), ValueError, "(b, l, g, n)"),
+        Refusal(
+            "B without groups",
+            lambda call: call.update(B=call["B"][:, :, 0]),
+            ValueError,
+            "B must have shape (b, l, g, n)",
+        ),
         Refusal("D", lambda call: call.update(D=call["D"][:1]), ValueError, "D"),
     ),
     large=(

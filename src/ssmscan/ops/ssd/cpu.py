@@ -1,5 +1,7 @@
 """The scan and its gradients on the CPU: what stands around the Numba kernels."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from ssmscan.ops._numba.parallel import empty, run
 from ssmscan.ops.chunks import cut
 from ssmscan.ops.ssd import cpu_kernels
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.cpu_buffers import CHUNK
 from ssmscan.shapes import state_dtype
 
@@ -17,71 +20,44 @@ PARTS = 8
 FEWEST = 2
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    reverse = options.reverse
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     final = _filled(_shape(x, B, h0), dtype, h0)
     y = empty(*x.shape, dtype=dtype)
-    inputs = _inputs(x, dt, A, B, C, D, dt_bias, softplus, low, high, dtype)
+    arrays = _arrays_of(inputs, options, dtype)
     chunks = _chunks(sequence, final.shape[0], x.shape[1], reverse)
     _, parts = _parts(x, B)
-    run(cpu_kernels.forward, parts, *inputs, chunks, final.numpy(), y.numpy(), _per_group(x, B), reverse)
+    run(cpu_kernels.forward, parts, *arrays, chunks, final.numpy(), y.numpy(), _per_group(x, B), reverse)
     if z is not None:
         y.mul_(F.silu(z.to(dtype)))
     return y.to(x.dtype), final
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    dy: Tensor,
-    dh: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    reverse: bool,
-    initial: bool,
-) -> tuple[Tensor, ...]:
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, low, high, reverse = options
     batch, l, heads, p = x.shape
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     wide = x.to(dtype)
     dy = dy.to(dtype)
-    dz = x.new_empty(0)
+    dz = None
     if z is not None:
-        y, _ = forward(wide, dt, A, B, C, D, None, dt_bias, h0, sequence, softplus, low, high, reverse)
+        y, _ = forward(inputs._replace(x=wide, z=None), options)
         dy, dz = ungate(dy, y, z)
     start, g = (_filled(_shape(x, B, h0), dtype, h) for h in (h0, dh))
     splits, parts = _parts(x, B)
     dx, dsteps = empty(batch, l, heads, p, dtype=dtype), empty(2, batch, l, heads, dtype=dtype)
     dBs, dCs = empty(2, splits, *B.shape, dtype=dtype)
     dDs = _filled((batch, heads, p), dtype)
-    inputs = _inputs(wide, dt, A, B, C, D, dt_bias, softplus, low, high, dtype)
+    arrays = _arrays_of(inputs, options, dtype)
     chunks = _chunks(sequence, g.shape[0], l, reverse)
     outputs = (v.numpy() for v in (g, dx, dsteps, dBs, dCs, dDs))
     run(
-        cpu_kernels.backward, parts, *inputs, dy.contiguous().numpy(), chunks, start.numpy(), *outputs,
+        cpu_kernels.backward, parts, *arrays, dy.contiguous().numpy(), chunks, start.numpy(), *outputs,
         _per_group(x, B), reverse,
     )  # fmt: skip
     ddt = empty(*dt.shape, dtype=dtype)
@@ -92,11 +68,10 @@ def backward(
         *_rates(dt, A, dt_bias, dtype), softplus, low, high,
     )  # fmt: skip
     dA = dAs.sum(0).to(A.dtype)
-    dD = torch.empty(0) if D is None else dDs.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
-    dbias = torch.empty(0) if dt_bias is None else dbiases.sum(0).to(dt_bias.dtype)
+    dD = None if D is None else dDs.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
+    dbias = None if dt_bias is None else dbiases.sum(0).to(dt_bias.dtype)
     dB, dC = _total(dBs).to(B.dtype), _total(dCs).to(C.dtype)
-    dh0 = g if initial else torch.empty(0, dtype=dtype)
-    return dx.to(x.dtype), ddt.to(dt.dtype), dA, dB, dC, dD, dz, dbias, dh0
+    return [dx.to(x.dtype), ddt.to(dt.dtype), dA, dB, dC, dD, dz, dbias, g]
 
 
 def ungate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,20 +82,10 @@ def ungate(dy: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return gated, y.to(z.dtype)
 
 
-def _inputs(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    dtype: torch.dtype,
-) -> list[np.ndarray]:
+def _arrays_of(inputs: Inputs, options: Options, dtype: torch.dtype) -> list[np.ndarray]:
     """What both kernels read: x, the steps (sizes and decays), B, C and D, (h, p), or (0, 0) where there is none."""
+    x, dt, A, B, C, D, _, dt_bias, *_ = inputs
+    softplus, low, high, _ = options
     steps = empty(2, *dt.shape, dtype=dtype)
     rates = _rates(dt, A, dt_bias, dtype)
     run(cpu_kernels.steps, _stretches(dt), steps.numpy(), *rates, softplus, low, high)

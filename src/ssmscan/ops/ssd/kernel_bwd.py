@@ -1,11 +1,15 @@
 """The backward of ssd on Triton: two walks, which keep the states before chunks, then the gradients of each chunk."""
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.gradients import room, rows, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.configs import gradient_tiles, split_heads, tiles_for
 from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import chunks_of
@@ -33,49 +37,20 @@ def ssd_gate(dy, y, z, dz, gated, size, BLOCK: tl.constexpr):
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    dy: Tensor,
-    dh: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    reverse: bool,
-    initial: bool,
-) -> tuple[Tensor, ...]:
-    """The gradients of all arguments, empty for those not given; of h0 where ``initial``."""
-    dx = x.new_empty(x.shape)
-    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
-    dh0 = x.new_empty(h0.shape if h0 is not None and initial else (0,), dtype=torch.float32)
-    if initial and (sequence is not None or x.shape[1] == 0):
-        # The state of an empty sequence passes through; the kernel writes the others.
-        dh0.copy_(dh) if dh is not None else dh0.zero_()
+    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    x, z, h0 = inputs.x, inputs.z, inputs.h0
+    dx, dz = x.new_empty(x.shape), None if z is None else z.new_empty(z.shape)
+    dh0 = state_room(h0, dh, needs[8], passes=inputs.sequence is not None or x.shape[1] == 0)
     (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(
-        x, [(dt, reverse)], A, B, C, D, z, dt_bias, h0, sequence, dy, dh, (softplus, low, high), dx, dz,
-        dh0 if initial else None,
-    )  # fmt: skip
-    return dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
+        inputs, [(inputs.dt, options.reverse)], dy, dh, options[:3], dx, dz, dh0
+    )
+    return [dx, ddt, dA, dB, dC, dD, dz, dbias, dh0]
 
 
 def scan_gradients(
-    x: Tensor,
+    inputs: Inputs,
     scans: list[tuple[Tensor, bool]],
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
     dy: Tensor,
     dh: Tensor | None,
     options: tuple[bool, float, float],
@@ -85,74 +60,75 @@ def scan_gradients(
     *,
     shift: bool = False,
     added: Tensor | None = None,
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
     """The gradients of each dt, and of A, B, C, D and dt_bias; ``dx``, plus ``added``, ``dz`` and ``dh0`` are written.
 
     Of the ``scans`` their dt is given and whether they go from the end: one, or, where they are :func:`joint`, both.
     """
+    x, _, A, B, C, D, z, dt_bias, h0, sequence = inputs
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     ddts = [dt.new_empty(dt.shape) for dt, _ in scans]
+    dA, dB, dC, dD, dbias = gradients = room((A, B, C, D, dt_bias), (True,) * 5)
+    if x.numel() == 0:
+        return [ddt.zero_() for ddt in ddts], tuple(t if t is None else t.zero_() for t in gradients)
     tiles = tiles_for(x, n, backward=True)
     wide = gradient_tiles(tiles, p)
     tables = [None if h0 is None else table(sequence, h0, tiles, reverse) for _, reverse in scans]
     chunks = -(-l // tiles.Q) if tables[0] is None else tables[0].shape[1]
     of_heads, splits = split_heads(batch * chunks * groups, heads // groups)
-    # Without tokens or channels no kernel runs.
-    new = x.new_empty if x.numel() > 0 else x.new_zeros
     # Each chunk gives a part of the gradients of A, dt_bias and D, each split of the heads one of those of B and C.
-    of_head = new((3, len(scans), batch, chunks, heads), dtype=torch.float32)
-    by_head, by_channel = (D is not None and D.dim() == axes for axes in (1, 2))
-    of_channel = new((batch, chunks, heads, p) if by_channel else (0,), dtype=torch.float32)
-    dBs, dCs = new((2, splits, batch, l, groups, n), dtype=torch.float32)
-    if x.numel() > 0:
-        xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
-        rate, bias = float32(A), float32(dt_bias)
-        at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
-        states, adjoints = x.new_empty(2, len(scans), at_once, chunks, heads, p, n, dtype=tiles.dtype)
-        for begin in range(0, batch, at_once):
-            part = slice(begin, begin + at_once)
-            # Packed sequences have one batch row, and many states.
-            own = part if sequence is None else slice(None)
-            x_, B_, C_, dy_ = (v[part] for v in (xs, Bs, Cs, dys))
-            dts = [(dt[part], reverse) for dt, reverse in scans]
-            h, last, first = (None if v is None else v[own] for v in (h0, dh, dh0))
-            sizes = steps(dts, rate, bias, tables, tiles, options)
-            y = None if z is None else x.new_empty(x_.shape, dtype=tiles.dtype)
-            for scan, (_, reverse) in enumerate(scans):
-                given = (tables[scan], tiles, reverse)
-                walk(x_, B_, sizes, h, *given, scan=scan, c=C_, D=D, y=y, states=states[scan])
-                if z is not None and y is not None and dz is not None:
-                    dy_ = gate(dy_, y, z[part], dz[part])
-                walk(
-                    dy_, C_, sizes, last, *given, scan=scan, adjoint=True, shift=shift, states=adjoints[scan],
-                    final=first,
-                )  # fmt: skip
-            dx_ = dx[part]
-            # The tensors are read in the direction of the first scan.
-            shared = chunks_of(
-                x_, dy_, B_, C_, dx_, dBs[:, part], dCs[:, part], tables[0], sizes, wide, scans[0][1], of_heads, shift
+    by_channel = dD is not None and dD.dim() == 2
+    of_head = x.new_empty(len(scans), batch, chunks, 3 * heads, dtype=torch.float32)
+    of_channel = x.new_empty(batch, chunks, heads, p, dtype=torch.float32) if by_channel else None
+    of_group = x.new_empty(splits, 2, batch, l, groups, n, dtype=torch.float32)
+    rate, bias = float32(A), float32(dt_bias)
+    xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
+    at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
+    states, adjoints = x.new_empty(2, len(scans), at_once, chunks, heads, p, n, dtype=tiles.dtype)
+    for begin in range(0, batch, at_once):
+        part = slice(begin, begin + at_once) if at_once < batch else None
+        x_, B_, C_, dy_, dx_, z_, dz_, added_, of_channel_ = rows(part, xs, Bs, Cs, dys, dx, z, dz, added, of_channel)
+        # Packed sequences have one batch row, and many states.
+        h, last, first = rows(part if sequence is None else None, h0, dh, dh0)
+        dts = [(dt if part is None else dt[part], reverse) for dt, reverse in scans]
+        sizes = steps(dts, rate, bias, tables, tiles, options)
+        y = None if z is None else x.new_empty(x_.shape, dtype=tiles.dtype)
+        for scan, (_, reverse) in enumerate(scans):
+            given = (tables[scan], tiles, reverse)
+            walk(x_, B_, sizes, h, *given, scan=scan, c=C_, D=D, y=y, states=states[scan])
+            if z_ is not None and y is not None and dz_ is not None:
+                dy_ = gate(dy_, y, z_, dz_)
+            walk(
+                dy_, C_, sizes, last, *given, scan=scan, adjoint=True, shift=shift, states=adjoints[scan],
+                final=first,
             )  # fmt: skip
-            partial = dx_ if dx.dtype is tiles.dtype else x.new_empty(x_.shape, dtype=tiles.dtype)
-            of_states = state_gradients(shared, None if added is None else added[part], states, adjoints, partial)
-            of_pairs = pair_gradients(shared, D, partial, dx_, of_channel[part] if by_channel else None, shift)
-            for scan, (dt, reverse) in enumerate(dts):
-                dA, dbias, dD = of_head[:, scan, part]
-                step_gradients(
-                    scan, dt, rate, bias, tables[scan], sizes, of_pairs, of_states, ddts[scan][part], dA, dbias,
-                    dD if by_head and scan == 0 else None, wide, options, reverse,
-                )  # fmt: skip
-            # Before the next rows have theirs.
-            del sizes, shared, of_states, of_pairs, y, partial
-        # Not while the sums are made.
-        del states, adjoints
-    # Sums in a fixed order, so always the same.
-    totals = of_head.sum((2, 3))
-    dA, dbias = totals[:2, 0] if len(scans) == 1 else totals[:2].sum(1)
-    # The first scan's, which alone has D.
-    dD = of_channel.sum((0, 1)) if by_channel else totals[2, 0]
-    dB, dC = (v[0] if splits == 1 else v.sum(0) for v in (dBs, dCs))
-    return ddts, tuple(_like(v, t) for v, t in ((dA, A), (dB, B), (dC, C), (dD, D), (dbias, dt_bias)))
+        # The tensors are read in the direction of the first scan.
+        shared = chunks_of(
+            x_, dy_, B_, C_, dx_, of_group if part is None else of_group[:, :, part], tables[0], sizes, wide,
+            scans[0][1], of_heads, shift,
+        )  # fmt: skip
+        partial = dx_ if dx.dtype is tiles.dtype else x.new_empty(x_.shape, dtype=tiles.dtype)
+        of_states = state_gradients(shared, added_, states, adjoints, partial)
+        of_pairs = pair_gradients(shared, D, partial, dx_, of_channel_, shift)
+        for scan, (dt, reverse) in enumerate(dts):
+            own = of_head[scan], ddts[scan]
+            parts, ddt = own if part is None else (v[part] for v in own)
+            # The first scan alone has D.
+            skips = scan == 0 and dD is not None and not by_channel
+            step_gradients(
+                scan, dt, rate, bias, tables[scan], sizes, of_pairs, of_states, ddt, parts, skips, wide, options,
+                reverse,
+            )  # fmt: skip
+        # Before the next rows have theirs.
+        del sizes, shared, of_states, of_pairs, y, partial
+    # Not while the sums are made.
+    del states, adjoints
+    sum_rows(of_head.view(-1, 3 * heads), (heads, heads, heads), (dA, dbias, None if by_channel else dD))
+    sum_rows(of_group.view(splits, -1), (B.numel(), C.numel(), 0), (dB, dC, None))
+    if of_channel is not None:
+        sum_rows(of_channel.view(-1, heads * p), (heads * p, 0, 0), (dD, None, None))
+    return ddts, (dA, dB, dC, dD, dbias)
 
 
 def joint(x: Tensor, B: Tensor, sequence: Tensor | None, shift: bool) -> bool:
@@ -160,10 +136,6 @@ def joint(x: Tensor, B: Tensor, sequence: Tensor | None, shift: bool) -> bool:
     tiles = tiles_for(x, B.shape[3], backward=True)
     blocks = -(-x.shape[3] // gradient_tiles(tiles, x.shape[3]).BP)
     return sequence is None and not shift and x.shape[1] % tiles.Q == 0 and blocks == 1
-
-
-def _like(total: Tensor, like: Tensor | None) -> Tensor:
-    return total.new_empty(0) if like is None else like.new_empty(like.shape).copy_(total)
 
 
 def gate(dy: Tensor, y: Tensor, z: Tensor, dz: Tensor) -> Tensor:

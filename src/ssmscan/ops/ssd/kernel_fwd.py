@@ -7,28 +7,16 @@ from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.chunks import cut
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.configs import Tiles, tiles_for
 from ssmscan.ops.ssd.kernel_walk import walk
 from ssmscan.ops.ssd.step_sizes import steps
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """y and the final state."""
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, low, high, reverse = options
     batch, l, heads, p = x.shape
     n = B.shape[3]
     y = x.new_empty(batch, l, heads, p)

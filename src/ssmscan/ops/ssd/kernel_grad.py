@@ -33,8 +33,7 @@ def chunks_of(
     B: Tensor,
     C: Tensor,
     dx: Tensor,
-    dB: Tensor,
-    dC: Tensor,
+    totals: Tensor,
     table: Tensor | None,
     steps: Steps,
     tiles: Tiles,
@@ -42,13 +41,16 @@ def chunks_of(
     heads_at_once: int,
     shift: bool,
 ) -> Chunks:
-    """What is written to has the layout of ``dx``. ``shift``: y was that of the token before, as in the walk."""
+    """Of dB and dC there are ``totals``, (splits, 2, b, l, g, n). What is written to has the layout of ``dx``.
+
+    ``shift``: y was that of the token before, as in the walk.
+    """
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     delta, _, sums = steps
     scans, chunks = delta.shape[0], delta.shape[3]
     x, dy, B, C, dx = (from_first(t, 1, reverse) for t in (x, dy, B, C, dx))
-    dB, dC = (from_first(t, 2, reverse) for t in (dB, dC))
+    dB, dC = (from_first(t, 2, reverse) for t in totals.unbind(1))
     *read, written = (token_strides(t, reverse) for t in (x, dy, B, C, dx))
     strides = (*(s for t in read for s in t[::2]), dB.stride(0))
     out_time = -dB.stride(2) if reverse else dB.stride(2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ssmscan.ops.decoding import fused
 from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd import autograd, plain, reference
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
@@ -87,14 +88,14 @@ def ssd(
     state = (*x.shape[2:], B.shape[3])
     implementation, sequence, h0 = enter("ssd", backend, x, dtype, cu_seqlens, h0, "h, p, n", state, "x and B")
     low, high = map(float, dt_limit)
-    arguments = (x, dt, A, B, C, D, z, dt_bias, h0, sequence, dt_softplus, low, high, reverse)
+    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, low, high, reverse)
     if implementation == "reference":
-        return reference.ssd(*arguments)
+        return reference.ssd(*inputs, *options)
     if implementation == "torch":
         # Autocast would round the matrix products to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return plain.ssd(*arguments)
-    return autograd.ssd(*arguments, implementation)
+            return plain.ssd(*inputs, *options)
+    return autograd.ssd(inputs, options, implementation)
 
 
 def ssd_step(
@@ -162,7 +163,7 @@ def check(
     state = {"h" if function.endswith("step") else "h0": h}
     check_tensors(function, {"x": x, "dt": dt, "A": A, "B": B, "C": C}, D=D, z=z, dt_bias=dt_bias, **state)
     check_rank(function, "x", x, token + "h, p")
-    check_rank(function, "B", B, token + "g, n", f"For one group, pass B.unsqueeze({token.count(',')}).")
+    check_rank(function, "B", B, token + "g, n", "For one group, pass B.unsqueeze(-2).")
     *outer, heads, p = x.shape
     groups, n = B.shape[-2:]
     check_shape(function, "dt", dt, token + "h", (*outer, heads), "x")

@@ -91,7 +91,7 @@ def ssd_steps(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_step_gradients(
-    dt, A, bias, table, deltas, sums, tokens, into, onward, through, skipped, ddt, dA, dbias, dD,
+    dt, A, bias, table, deltas, sums, tokens, into, onward, through, skipped, ddt, parts,
     L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     PASSING: tl.constexpr, BH: tl.constexpr,
@@ -132,13 +132,13 @@ def ssd_step_gradients(
     gradient = tl.where(exists, gradient * slope, 0.0)
     pointers = ddt + batch * L * H + ((first + q) * ddt_time)[:, None] + heads[None, :]
     tl.store(pointers, gradient.to(ddt.dtype.element_ty), mask=exists)
-    of_chunk = (batch * chunks + chunk) * H + heads
-    tl.store(dA + of_chunk, tl.sum(flow * tl.load(deltas + at, mask=mask, other=0.0), 1), mask=inside)
-    if bias is not None:
-        tl.store(dbias + of_chunk, tl.sum(gradient, 0), mask=inside)
+    of_chunk = parts + (batch * chunks + chunk) * (3 * H) + heads
+    tl.store(of_chunk, tl.sum(flow * tl.load(deltas + at, mask=mask, other=0.0), 1), mask=inside)
+    tl.store(of_chunk + H, tl.sum(gradient, 0), mask=inside)
+    of_D = tl.zeros((BH,), tl.float32)
     if skipped is not None:
-        parts = tl.load(skipped + 4 * rows[:, None] + tl.arange(0, 4)[None, :], mask=mask, other=0.0)
-        tl.store(dD + of_chunk, tl.sum(parts, 1), mask=inside)
+        of_D = tl.sum(tl.load(skipped + 4 * rows[:, None] + tl.arange(0, 4)[None, :], mask=mask, other=0.0), 1)
+    tl.store(of_chunk + 2 * H, of_D, mask=inside)
 
 
 def steps(
@@ -178,23 +178,22 @@ def step_gradients(
     pairs: PairFlows,
     states: StateFlows,
     ddt: Tensor,
-    dA: Tensor,
-    dbias: Tensor | None,
-    dD: Tensor | None,
+    parts: Tensor,
+    skips: bool,
     tiles: Tiles,
     options: tuple[bool, float, float],
     reverse: bool,
 ) -> None:
-    """Write ``ddt``, and for each chunk dA, dbias and, of a D for each head, dD, all (b, chunks, h)."""
+    """Write ``ddt`` and to ``parts``, (b, chunks, 3·h), those of dA, dbias and, if the scan ``skips``, of dD."""
     batch, l, heads = dt.shape
     chunks = steps.delta.shape[3]
     dt, ddt = from_first(dt, 1, reverse), from_first(ddt, 1, reverse)
     ddt_time = token_strides(ddt, reverse)[1]
     of_scan = [t[scan] for t in (steps.delta, steps.sums, pairs.tokens, *states)]
-    skipped = pairs.skipped if dD is not None else None
+    skipped = pairs.skipped if skips else None
     ssd_step_gradients.launch(
         (batch * chunks, -(-heads // HEADS), 1),
-        (dt, A, bias, table, *of_scan, skipped, ddt, dA, dbias, dD),
+        (dt, A, bias, table, *of_scan, skipped, ddt, parts),
         (l, heads, chunks, steps.sums.stride(1), *token_strides(dt, reverse), ddt_time),
         (*options, tiles.precise, tiles.Q, states.through.shape[4], HEADS),
         4,

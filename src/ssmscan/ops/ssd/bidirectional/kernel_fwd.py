@@ -1,68 +1,36 @@
 """The forward of ssd_bidirectional on Triton: ssd's walk from the right, then one from the left that adds to it."""
 
-from math import inf
-
 from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.ssd.bidirectional.directions import given
+from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
+from ssmscan.ops.ssd.bidirectional.directions import directions
 from ssmscan.ops.ssd.configs import tiles_for
 from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_walk import walk
 from ssmscan.ops.ssd.step_sizes import steps
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_rev: Tensor | None,
-    B_rev: Tensor | None,
-    C_rev: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    shift: bool,
-) -> Tensor:
-    y = x.new_empty(x.shape)
-    both_ways(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, y)
+def forward(inputs: Inputs, options: Options) -> Tensor:
+    y = inputs.x.new_empty(inputs.x.shape)
+    both_ways(inputs, options, inputs.z, y)
     return y
 
 
-def both_ways(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_rev: Tensor | None,
-    B_rev: Tensor | None,
-    C_rev: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    shift: bool,
-    y: Tensor,
-) -> None:
-    """Write ``y``, of the tiles' dtype or of x's."""
+def both_ways(inputs: Inputs, options: Options, z: Tensor | None, y: Tensor) -> None:
+    """Write ``y``, of the tiles' dtype or of x's, gated by ``z``."""
     if y.numel() == 0:
         return
-    tiles = tiles_for(x, B.shape[3], backward=False)
-    dt_back, B_back, C_back = given((dt_rev, B_rev, C_rev), (dt, B, C))
-    x, B, C, B_back, C_back = (channels_last(v) for v in (x, B, C, B_back, C_back))
-    A, dt_bias, options = float32(A), float32(dt_bias), (softplus, 0.0, inf)
+    forth, back = directions(inputs)
+    tiles = tiles_for(inputs.x, inputs.B.shape[3], backward=False)
+    x, A, dt_bias, h0 = channels_last(inputs.x), float32(inputs.A), float32(inputs.dt_bias), inputs.h0
     added = x.new_empty(x.shape, dtype=tiles.dtype)
-    chunks = None if h0 is None else table(sequence, h0, tiles, True)
-    sizes = steps([(dt_back, True)], A, dt_bias, [chunks], tiles, options)
-    walk(x, B_back, sizes, h0, chunks, tiles, True, c=C_back, shift=shift, y=added)
-    chunks = None if h0 is None else table(sequence, h0, tiles, False)
-    sizes = steps([(dt, False)], A, dt_bias, [chunks], tiles, options)
-    walk(x, B, sizes, h0, chunks, tiles, False, c=C, D=D, z=channels_last(z), added=added, shift=shift, y=y)
+    for scan, reverse in ((back, True), (forth, False)):
+        B, C = channels_last(scan.B), channels_last(scan.C)
+        chunks = None if h0 is None else table(scan.sequence, h0, tiles, reverse)
+        sizes = steps([(scan.dt, reverse)], A, dt_bias, [chunks], tiles, options[:3])
+        given = (x, B, sizes, h0, chunks, tiles, reverse)
+        if reverse:
+            walk(*given, c=C, shift=options.shift, y=added)
+        else:
+            walk(*given, c=C, D=scan.D, z=channels_last(z), added=added, shift=options.shift, y=y)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd.bidirectional import autograd, plain, reference
-from ssmscan.ops.ssd.bidirectional.directions import given
+from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
 from ssmscan.ops.ssd.op import check
 from ssmscan.shapes import check_flags, check_shape, check_tensors, state_dtype
 
@@ -33,6 +33,7 @@ def ssd_bidirectional(
     shift: bool = False,
     dt_bias: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b l h p"]:
@@ -50,7 +51,7 @@ def ssd_bidirectional(
 
     Args:
         x: input, (b, l, h, p): h heads of p channels. float32, bfloat16 or float16 (float64 off the Triton backend).
-        dt: step sizes of the scan from the left, before bias and softplus, (b, l, h). Negative ones count as 0.
+        dt: step sizes of the scan from the left, before bias, softplus and clamping, (b, l, h).
         A: rate of decay of each head in both directions, (h), negative for a state that forgets. float32 is
             recommended.
         B: input directions, (b, l, g, n): g groups of n states. h is a multiple of g: head i reads group i // (h / g).
@@ -63,6 +64,7 @@ def ssd_bidirectional(
         shift: whether a token leaves itself out of both scans.
         dt_bias: added to dt and dt_rev, (h); None is 0.
         dt_softplus: whether step sizes go through softplus.
+        dt_limit: least and largest step size, of both scans.
         cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
             length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
             it; they turn the output into NaN.
@@ -73,7 +75,7 @@ def ssd_bidirectional(
 
     Raises:
         TypeError: an argument is not a floating tensor, or ``cu_seqlens`` not an integer one.
-        ValueError: a wrong shape, device or backend name, or bad ``cu_seqlens``.
+        ValueError: a wrong shape, device, dt_limit or backend name, or bad ``cu_seqlens``.
         RuntimeError: the named backend cannot run here.
 
     See Hwang, Lahoti, Dao and Gu, "Hydra: Bidirectional State Space Models Through Generalized Matrix Mixers" (2024),
@@ -90,7 +92,7 @@ def ssd_bidirectional(
         [111.0, 111.0, 111.0]
     """
     name = "ssd_bidirectional"
-    check(name, "b, l, ", x, dt, A, B, C, D, z, dt_bias, (0.0, inf), None)
+    check(name, "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, None)
     check_tensors(name, {"x": x}, dt_rev=dt_rev, B_rev=B_rev, C_rev=C_rev)
     check_flags(name, shift=shift, dt_softplus=dt_softplus)
     check_shape(name, "dt_rev", dt_rev, "b, l, h", dt.shape, "dt")
@@ -99,15 +101,13 @@ def ssd_bidirectional(
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias)
     state = (*x.shape[2:], B.shape[3])
     implementation, sequence, h0 = enter(name, backend, x, dtype, cu_seqlens, None, "h, p, n", state, "x and B")
-    softplus, shift = bool(dt_softplus), bool(shift)
-    if implementation in ("triton", "cpu"):
-        return autograd.ssd_bidirectional(
-            x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift, implementation
-        )  # fmt: skip
-    dt_rev, B_rev, C_rev = given((dt_rev, B_rev, C_rev), (dt, B, C))
-    arguments = (x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence, softplus, shift)
+    low, high = map(float, dt_limit)
+    inputs = Inputs(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence)
+    options = Options(dt_softplus, low, high, shift)
     if implementation == "reference":
-        return reference.ssd_bidirectional(*arguments)
-    # Autocast would round the matrix products to bfloat16.
-    with torch.autocast(x.device.type, enabled=False):
-        return plain.ssd_bidirectional(*arguments)
+        return reference.ssd_bidirectional(inputs, options)
+    if implementation == "torch":
+        # Autocast would round the matrix products to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            return plain.ssd_bidirectional(inputs, options)
+    return autograd.ssd_bidirectional(inputs, options, implementation)

@@ -1,38 +1,24 @@
 """Both scans by matrix products within chunks, in plain PyTorch; differentiable any number of times, on any device."""
 
-from math import inf
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.packing import first_tokens
+from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
+from ssmscan.ops.ssd.bidirectional.directions import directions
 from ssmscan.ops.ssd.plain import ssd
 from ssmscan.shapes import state_dtype
 
 
-def ssd_bidirectional(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    shift: bool,
-) -> Tensor:
-    wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
-    common = (None, dt_bias, h0, sequence, softplus, 0.0, inf)
-    forward, _ = ssd(wide, dt, A, B, C, None if shift else D, *common, False)
-    backward, _ = ssd(wide, dt_rev, A, B_rev, C_rev, None, *common, True)
-    if shift:
+def ssd_bidirectional(inputs: Inputs, options: Options) -> Tensor:
+    x, D, z, sequence = inputs.x, inputs.D, inputs.z, inputs.sequence
+    wide = x.to(state_dtype(*inputs[:11]))
+    forth, back = (scan._replace(x=wide) for scan in directions(inputs))
+    bounds = options[:3]
+    forward, _ = ssd(*(forth._replace(D=None) if options.shift else forth), *bounds, False)
+    backward, _ = ssd(*back, *bounds, True)
+    if options.shift:
         y = after(forward, sequence, False) + after(backward, sequence, True)
         y = y if D is None else y + D.to(wide.dtype).view(x.shape[2], -1) * wide
     else:

@@ -1,37 +1,23 @@
 """Both scans as plain loops over time, and their sum token by token. In float64 the oracle of every other backend."""
 
-from math import inf
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
+from ssmscan.ops.ssd.bidirectional.directions import directions
 from ssmscan.ops.ssd.reference import ssd
 from ssmscan.shapes import state_dtype
 
 
-def ssd_bidirectional(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_rev: Tensor,
-    B_rev: Tensor,
-    C_rev: Tensor,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    shift: bool,
-) -> Tensor:
+def ssd_bidirectional(inputs: Inputs, options: Options) -> Tensor:
+    x, D, z, sequence, shift = inputs.x, inputs.D, inputs.z, inputs.sequence, options.shift
     l, heads = x.shape[1:3]
-    wide = x.to(state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias))
-    common = (None, None, dt_bias, h0, sequence, softplus, 0.0, inf)
-    forward = ssd(wide, dt, A, B, C, *common, False)[0].unbind(1)
-    backward = ssd(wide, dt_rev, A, B_rev, C_rev, *common, True)[0].unbind(1)
+    wide = x.to(state_dtype(*inputs[:11]))
+    forth, back = (scan._replace(x=wide, D=None) for scan in directions(inputs))
+    forward, backward = (
+        ssd(*scan, *options[:3], reverse)[0].unbind(1) for scan, reverse in ((forth, False), (back, True))
+    )
     owner = [0] * l if sequence is None else sequence.tolist()
     ys = []
     for t, x_t in enumerate(wide.unbind(1)):
