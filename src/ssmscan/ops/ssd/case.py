@@ -92,6 +92,16 @@ CASE = OpCase(
     refused=(
         Refusal("heads and groups", lambda call: call.update(_three_groups(call)), ValueError, "the groups of B"),
         Refusal("limits", lambda call: call.update(dt_limit=(1.0, 0.5)), ValueError, "dt_limit"),
+        Refusal("one limit", lambda call: call.update(dt_limit=(1.0,)), ValueError, "dt_limit"),
+        Refusal("limit that is no number", lambda call: call.update(dt_limit=(torch.nan, 1.0)), ValueError, "dt_limit"),
+        Refusal("no limits", lambda call: call.update(dt_limit=None), TypeError, "dt_limit"),
+        Refusal("limits in text", lambda call: call.update(dt_limit=("0", "1")), TypeError, "dt_limit"),
+        Refusal(
+            "B without groups",
+            lambda call: call.update(B=call["B"][:, :, 0]),
+            ValueError,
+            "B must have shape (b, l, g, n)",
+        ),
         Refusal("D", lambda call: call.update(D=call["D"][:1]), ValueError, "D"),
     ),
     large=(
