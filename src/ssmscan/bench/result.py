@@ -45,7 +45,9 @@ class Result:
     triton: str | None
     date: str
     copy_gbps: float
-    host_us: float | None
+    # Host time of a tiny call, forward without gradients ("fwd") and forward and backward ("fwdbwd"), and those of
+    # scaled_dot_product_attention in the same run ("sdpa fwd", "sdpa fwdbwd").
+    host_us: Mapping[str, float] | None
     rows: tuple[Row, ...]
 
     @property
