@@ -8,6 +8,7 @@ from ssmscan.models.lm import LanguageModel
 
 if TYPE_CHECKING:
     from ssmscan.models.cache import SSMCache
+    from ssmscan.models.checkpoints.load import load_pretrained
     from ssmscan.models.configuration import SSMConfig
     from ssmscan.models.modeling import SSMForCausalLM, SSMModel
     from ssmscan.models.presets import PRESETS, preset
@@ -18,6 +19,7 @@ _HOMES = {
     "SSMConfig": "configuration",
     "SSMForCausalLM": "modeling",
     "SSMModel": "modeling",
+    "load_pretrained": "checkpoints.load",
     "preset": "presets",
 }
 
@@ -29,6 +31,7 @@ __all__ = [
     "SSMConfig",
     "SSMForCausalLM",
     "SSMModel",
+    "load_pretrained",
     "preset",
 ]
 

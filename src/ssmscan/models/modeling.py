@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -253,6 +254,24 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         when it is used up.
         """
         return self.backbone.make_cache(batch_size, max_length)
+
+    def export_pretrained(
+        self, path: str | Path, layout: Literal["transformers", "state-spaces"] = "transformers"
+    ) -> None:
+        """Write the model as others read it; ``save_pretrained`` writes it as we do.
+
+        Args:
+            path: a folder, made where it does not exist.
+            layout: "transformers" for its ``MambaForCausalLM``, ``Mamba2ForCausalLM`` and ``FalconMambaForCausalLM``,
+                in safetensors; "state-spaces" for the code of the Mamba papers, in ``pytorch_model.bin``.
+
+        Raises:
+            ValueError: an unknown layout.
+            NotImplementedError: a model that the layout has no words for.
+        """
+        from ssmscan.models.checkpoints.load import export_pretrained
+
+        export_pretrained(self, path, layout)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
