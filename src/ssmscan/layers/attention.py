@@ -126,9 +126,8 @@ class Attention(Mixer):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for part in (self.in_proj, self.conv1d, self.out_proj):
-            if part is not None:
-                part.reset_parameters()
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
 
     def reference_parameter(self) -> nn.Parameter:
         return next(self.in_proj.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from ssmscan.layers.mixer import Kept, Mixer, hide, positive
 from ssmscan.layers.parameters import wide
+from ssmscan.layers.start import check_memory, spread_decay_bias_
 from ssmscan.layers.state import advance
 from ssmscan.ops import linear_scan, linear_scan_step
-from ssmscan.shapes import error
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -80,11 +79,10 @@ class GatedSSM(Mixer):
     ) -> None:
         super().__init__()
         positive("GatedSSM", d_model=d_model, expand=expand)
-        if not 0 < memory[0] <= memory[1]:
-            raise ValueError(error("GatedSSM", "memory must be a positive, non-decreasing pair", memory))
+        check_memory("GatedSSM", memory)
         self.d_model = d_model
         self.d_inner = expand * d_model
-        self.memory = tuple(memory)
+        self.memory = memory
         # Rows [v, i, o, r].
         self.in_proj = nn.Linear(d_model, 4 * self.d_inner, bias=False, device=device, dtype=dtype)
         self.decay_bias = nn.Parameter(torch.empty(self.d_inner, device=device, dtype=wide(dtype)))
@@ -97,10 +95,7 @@ class GatedSSM(Mixer):
         """Draw the projections anew and spread the channels' memories over ``memory``."""
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
-        shortest, longest = (math.log(tau) for tau in self.memory)
-        place = (torch.ones_like(self.decay_bias).cumsum(0) - 1) / max(self.d_inner - 1, 1)
-        rate = torch.exp(-(shortest + (longest - shortest) * place))
-        self.decay_bias.copy_(-torch.expm1(rate).log())
+        rate = spread_decay_bias_(self.decay_bias, self.memory)
         # logit(b) = log b - log(1 - b), where 1 - b = a² / (1 + b).
         gate = torch.sqrt(-torch.expm1(-2 * rate))
         self.input_bias.copy_(gate.log() + gate.log1p() + 2 * rate)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Kept, Mixer, positive
-from ssmscan.layers.parameters import wide
+from ssmscan.layers.parameters import WideParameters, wide
+from ssmscan.layers.start import check_steps, draw_step_bias_
 from ssmscan.layers.state import advance
-from ssmscan.layers.steps import StepProjection, check_steps, draw_step_bias_
 from ssmscan.ops import selective_scan, selective_scan_step
 
 if TYPE_CHECKING:
@@ -25,6 +25,31 @@ class MambaState(NamedTuple):
 
     conv: Tensor
     scan: Tensor
+
+
+class StepProjection(WideParameters, nn.Linear):
+    """A linear layer whose bias stays float32, and may be left to what comes next.
+
+    The bias of a step size is near -5 and rounding it, or a sum with it, to bfloat16 costs one part in a hundred of the
+    step. So :class:`ssmscan.layers.Mamba` calls the layer without its bias and hands that to the scan, which adds in
+    float32. A wrapper around the layer, such as an adapter, knows nothing of this: it gets the sum, in float32.
+    """
+
+    _keep_wide = ("bias",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=wide(dtype)))
+
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        y = F.linear(x, self.weight)
+        return y + self.bias if with_bias else y
 
 
 class Mamba(Mixer):
@@ -113,8 +138,8 @@ class Mamba(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for part in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
-            part.reset_parameters()
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         draw_step_bias_(self.dt_proj.bias, *self.dt_start)
         self.A_log.copy_(torch.ones_like(self.A_log).cumsum(1).log())

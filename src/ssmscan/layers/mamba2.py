@@ -12,8 +12,8 @@ from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Kept, Mixer, positive
 from ssmscan.layers.norm import GatedRMSNorm
 from ssmscan.layers.parameters import wide
+from ssmscan.layers.start import check_steps, draw_step_bias_
 from ssmscan.layers.state import advance
-from ssmscan.layers.steps import check_steps, draw_step_bias_
 from ssmscan.ops import ssd, ssd_bidirectional, ssd_step
 from ssmscan.shapes import error
 
@@ -55,6 +55,7 @@ class Mamba2(Mixer):
         dt_limit: least and largest step size, always. Default (0, inf).
         norm_groups: groups of channels with a norm of their own; None is ngroups.
         norm_eps: epsilon of the norm. Default 1e-5.
+        norm_before_gate: whether the gate silu(z) comes after the norm. Default False.
         conv_bias: whether the convolution has a bias. Default True.
         bias: whether the projections into and out of the layer have one. Default False.
         causal: whether a token sees only those before it. Default True.
@@ -82,6 +83,8 @@ class Mamba2(Mixer):
 
     _keep_wide = ("A_log", "D", "dt_bias")
     _no_weight_decay = ("A_log", "D", "dt_bias")
+    # How many scans have B, C and δ of their own.
+    _directions = 1
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class Mamba2(Mixer):
         dt_limit: tuple[float, float] = (0.0, inf),
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
+        norm_before_gate: bool = False,
         conv_bias: bool = True,
         bias: bool = False,
         causal: bool = True,
@@ -105,50 +109,55 @@ class Mamba2(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        name = type(self).__name__
         norm_groups = ngroups if norm_groups is None else norm_groups
-        positive("Mamba2", d_model=d_model, d_state=d_state, expand=expand, headdim=headdim, ngroups=ngroups)
-        positive("Mamba2", norm_groups=norm_groups)
-        check_steps("Mamba2", dt_min, dt_max, dt_init_floor)
+        positive(name, d_model=d_model, d_state=d_state, expand=expand, headdim=headdim, ngroups=ngroups)
+        positive(name, norm_groups=norm_groups)
+        check_steps(name, dt_min, dt_max, dt_init_floor)
         self.d_model = d_model
         self.d_state = d_state
         self.d_inner = expand * d_model
         self.headdim = headdim
         self.ngroups = ngroups
-        check_heads("Mamba2", self.d_inner, headdim, ngroups)
-        if self.d_inner % norm_groups:
-            raise ValueError(error("Mamba2", f"norm_groups must divide expand * d_model = {self.d_inner}", norm_groups))
         self.nheads = self.d_inner // headdim
+        for argument, divisor in (("headdim", headdim), ("norm_groups", norm_groups)):
+            if self.d_inner % divisor:
+                rule = f"{argument} must divide expand * d_model = {self.d_inner}"
+                raise ValueError(error(name, rule, divisor))
+        if self.nheads % ngroups:
+            raise ValueError(error(name, f"ngroups must divide the {self.nheads} heads", ngroups))
         self.A_init_range = A_init_range
         self.dt_start = (dt_min, dt_max, dt_init_floor)
         self.dt_limit = tuple(dt_limit)
         self.causal = causal
-        self.groups_width = ngroups * d_state
-        conv_width = self.d_inner + 2 * self.groups_width
-        # Rows [z, u, B, C, δ].
-        rows = self.d_inner + conv_width + self.nheads
+        # B and C of all groups.
+        self.pair_width = 2 * ngroups * d_state
+        conv_width = self.d_inner + self.pair_width * self._directions
+        # Rows [z, u, B, C, δ], and B, C and δ once for each direction.
+        rows = self.d_inner + conv_width + self.nheads * self._directions
         self.in_proj = nn.Linear(d_model, rows, bias=bias, device=device, dtype=dtype)
         self.conv1d = ShortConv(conv_width, d_conv, conv_bias, centred=not causal, device=device, dtype=dtype)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, device=device, dtype=wide(dtype)))
         self.A_log = nn.Parameter(torch.empty(self.nheads, device=device, dtype=wide(dtype)))
         self.D = nn.Parameter(torch.empty(self.nheads, device=device, dtype=wide(dtype)))
-        self.norm = GatedRMSNorm(self.d_inner, norm_eps, norm_groups, device=device, dtype=dtype)
+        self.norm = GatedRMSNorm(self.d_inner, norm_eps, norm_groups, norm_before_gate, device=device, dtype=dtype)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for part in (self.in_proj, self.conv1d, self.norm, self.out_proj):
-            part.reset_parameters()
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
         draw_step_bias_(self.dt_bias, *self.dt_start)
         self.A_log.uniform_(*self.A_init_range).log_()
         nn.init.ones_(self.D)
 
     def state_layout(self) -> Mamba2State:
         if not self.causal:
-            rule = "state must be None with causal=False"
-            advice = "The layer reads a sequence from both ends: give it the whole sequence."
-            raise NotImplementedError(error("Mamba2", rule, "one", advice))
+            rule = "state must be None in a layer that is not causal"
+            advice = "It reads a sequence from both ends: give it the whole sequence."
+            raise NotImplementedError(error(type(self).__name__, rule, "one", advice))
         dtype = self.state_dtype()
         scan = Kept((self.nheads, self.headdim, self.d_state), dtype)
         return Mamba2State(self.conv1d.kept(dtype), scan)  # type: ignore[arg-type]
@@ -164,8 +173,8 @@ class Mamba2(Mixer):
         conv, scan = state or (None, None)
         z, u, dt = self.in_proj(x).split([self.d_inner, self.conv1d.out_channels, self.nheads], -1)
         u = self.conv1d(u, conv, cu_seqlens, mask)
-        u, B, C = u.split([self.d_inner, self.groups_width, self.groups_width], -1)
-        B, C = (part.unflatten(-1, (self.ngroups, self.d_state)) for part in (B, C))
+        u, pair = u.split([self.d_inner, self.pair_width], -1)
+        B, C = self._pair(pair)
         tokens = {"x": u.unflatten(-1, (self.nheads, self.headdim)), "dt": dt, "B": B, "C": C}
         fixed: dict[str, Any] = {"A": -torch.exp(self.A_log), "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
         if self.causal:
@@ -174,14 +183,11 @@ class Mamba2(Mixer):
             y = ssd_bidirectional(**tokens, **fixed, cu_seqlens=cu_seqlens)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
+    def _pair(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """B and C, (b, l, g, n), from what the convolution made for one direction."""
+        B, C = pair.unflatten(-1, (2, self.ngroups, self.d_state)).unbind(2)
+        return B, C
+
     def extra_repr(self) -> str:
         sizes = f"d_model={self.d_model}, d_inner={self.d_inner}, d_state={self.d_state}, headdim={self.headdim}"
         return f"{sizes}, ngroups={self.ngroups}, causal={self.causal}"
-
-
-def check_heads(name: str, d_inner: int, headdim: int, ngroups: int) -> None:
-    """Refuse heads that do not divide the channels, and groups that do not divide the heads."""
-    if d_inner % headdim:
-        raise ValueError(error(name, f"headdim must divide expand * d_model = {d_inner}", headdim))
-    if d_inner // headdim % ngroups:
-        raise ValueError(error(name, f"ngroups must divide the {d_inner // headdim} heads", ngroups))

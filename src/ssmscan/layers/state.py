@@ -34,15 +34,16 @@ def advance(
     Returns:
         y, (b, l, ...).
     """
+    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
     if h is None:
-        return operation(**tokens, **fixed, cu_seqlens=cu_seqlens)[0]
+        return operation(**tokens, **fixed, **packed)[0]
     grad = torch.is_grad_enabled()
     one = next(iter(tokens.values())).shape[1] == 1  # type: ignore[union-attr]
     if one and cu_seqlens is None and not grad:
         token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
         return step(**token, **fixed, h=h).unsqueeze(1)
     # The derivative needs the state that was read.
-    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
+    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, **packed)
     overwrite(h, after)
     return y
 
