@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Kept, Mixer, hide, positive
 from ssmscan.layers.state import write
-from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops import linear_scan
 from ssmscan.shapes import error
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class Attention(Mixer):
         if position.device.type == "cpu" and not torch.compiler.is_compiling() and (position >= spare).any():
             rule = f"a sequence must have at most max_length = {spare} tokens"
             raise ValueError(error("Attention", rule, int(position.max()) + 1, "Make a longer state."))
-        place = position.clamp(max=spare)
+        place = position.clamp(0, spare)
         if mask is not None:
             place = torch.where(mask.bool(), place, spare)
         keys = write(state.keys, (sequence, place), k)
@@ -254,10 +254,12 @@ def _places(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[
     b, l = x.shape[:2]
     token = torch.arange(l, device=x.device)
     if cu_seqlens is not None:
-        check_cu_seqlens("Attention", cu_seqlens, b, l, x.device)
-        packed, poison = pack(cu_seqlens, l, x.new_zeros(()))
-        sequence = packed.to(torch.int64).unsqueeze(0)
-        return sequence, token - cu_seqlens[sequence], poison
+        # A scan of zeros refuses bad bounds, and is NaN for those that could not be read.
+        nothing = x.new_zeros(b, l, 1)
+        poison, _ = linear_scan(nothing, nothing, cu_seqlens=cu_seqlens)
+        last = max(cu_seqlens.shape[0] - 2, 0)
+        sequence = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True).clamp(max=last)
+        return sequence.unsqueeze(0), (token - cu_seqlens[sequence]).unsqueeze(0), poison
     sequence = torch.arange(b, device=x.device).unsqueeze(1)
     if mask is None:
         return sequence, token.unsqueeze(0), None

@@ -177,8 +177,10 @@ class Mamba2(Mixer):
         B, C = self._pair(pair)
         tokens = {"x": u.unflatten(-1, (self.nheads, self.headdim)), "dt": dt, "B": B, "C": C}
         fixed: dict[str, Any] = {"A": -torch.exp(self.A_log), "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True}
+        if self.dt_limit != (0, inf):
+            fixed["dt_limit"] = self.dt_limit
         if self.causal:
-            y = advance(ssd, ssd_step, scan, cu_seqlens, tokens, **fixed, dt_limit=self.dt_limit)
+            y = advance(ssd, ssd_step, scan, cu_seqlens, tokens, **fixed)
         else:
             y = ssd_bidirectional(**tokens, **fixed, cu_seqlens=cu_seqlens)
         return self.out_proj(self.norm(y.flatten(-2), z))

@@ -67,6 +67,9 @@ class Mixer(WideParameters):
         check_rank(name, "x", x, "b, l, m")
         if x.shape[2] != self.d_model:
             raise ValueError(error(name, f"x must have shape (b, l, m) with m = {self.d_model}", tuple(x.shape)))
+        if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+            got = type(cu_seqlens).__name__
+            raise TypeError(error(name, "cu_seqlens must be a torch.Tensor", got, "Use torch.tensor."))
         if mask is not None:
             if not isinstance(mask, Tensor):
                 raise TypeError(error(name, "mask must be a torch.Tensor", type(mask).__name__))
@@ -86,15 +89,16 @@ class Mixer(WideParameters):
             rule = f"state must be a {type(layout).__name__}"
             raise TypeError(error(name, rule, type(state).__name__, "Make it with init_state."))
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        for field, tensor, (shape, dtype) in zip(layout._fields, state, layout, strict=True):
+        for field, tensor, (sizes, dtype) in zip(layout._fields, state, layout, strict=True):
             if not isinstance(tensor, Tensor) or tensor.dtype is not dtype:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 rule = f"state.{field} must be a tensor of {dtype}, the dtype of states"
                 raise TypeError(error(name, rule, got, "Make it with init_state."))
-            fits = tensor.dim() == len(shape) + 1
-            if not fits or any(a not in (-1, b) for a, b in zip((rows, *shape), tensor.shape, strict=True)):
-                expected = ", ".join("max_length" if size == -1 else str(size) for size in (rows, *shape))
-                rule = f"state.{field} must have shape ({expected})"
+            shape = (rows, *sizes)
+            if tensor.dim() == len(shape):
+                shape = tuple(a if b == -1 else b for a, b in zip(tensor.shape, shape, strict=True))
+            if tensor.shape != shape:
+                rule = f"state.{field} must have shape {shape}"
                 raise ValueError(error(name, rule, tuple(tensor.shape), f"Make it with init_state({rows})."))
 
 

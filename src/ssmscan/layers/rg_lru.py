@@ -140,7 +140,7 @@ class RGLRU(Mixer):
         nn.init.normal_(self.conv1d.weight, std=0.1 * self.conv1d.kernel_size[0] ** -0.5)
         nn.init.normal_(self.out_proj.weight, std=self.d_inner**-0.5)
         for part in (self.in_proj, self.conv1d, self.out_proj):
-            part.bias.zero_()
+            nn.init.zeros_(part.bias)  # type: ignore[arg-type]
         self.input_gate.reset_parameters()
         self.recurrence_gate.reset_parameters()
         least, largest = self.a_range

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -123,7 +124,9 @@ class S4D(Mixer):
 
     def state_layout(self) -> S4DState:
         dtype = self.state_dtype()
-        return S4DState(Kept((self.d_model, self.n), dtype.to_complex() if self.complex else dtype))  # type: ignore[arg-type]
+        if self.complex:
+            dtype = torch.complex128 if dtype is torch.float64 else torch.complex64
+        return S4DState(Kept((self.d_model, self.n), dtype))  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -134,7 +137,10 @@ class S4D(Mixer):
     ) -> Float[Tensor, "b l m"]:
         self.check(x, state, cu_seqlens, mask)
         scan = None if state is None else state.scan
-        y = advance(s4d, s4d_step, scan, cu_seqlens, {"x": hide(x, mask)}, **self.system())
+        # The convolution's sizes would tie an exported program to the length of its example.
+        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        operation = partial(s4d, mode="recurrent") if exported else s4d
+        y = advance(operation, s4d_step, scan, cu_seqlens, {"x": hide(x, mask)}, **self.system())
         return F.glu(self.out_proj(F.gelu(y)), -1)
 
     def extra_repr(self) -> str:

@@ -72,8 +72,11 @@ def differentiate(name: str, setup: Callable[..., None], backward: Callable[...,
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a derivative of this call."""
-    if torch.is_grad_enabled():
+    """Whether autograd will ask for a derivative of this call.
+
+    Not of an exported program: what the forward saves for the backward would tie that to the lengths of its example.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
@@ -81,8 +84,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def observed(x: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode or a subclass has to see the operator; else the dispatcher can be spared.
+    """Whether a compiler, a tracer, a dispatch mode or a subclass has to see the operator; else it can be spared.
 
     It costs more on the host than a kernel's launch.
     """
-    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
