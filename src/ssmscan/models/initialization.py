@@ -15,15 +15,14 @@ def draw(module: nn.Module, reset: Callable[[], object]) -> None:
     """
     if getattr(module, "_is_hf_initialized", False):
         return
-    loaded = [(tensor, tensor.clone()) for tensor in module.parameters() if _is_loaded(tensor)]
-    reset()
-    for tensor, value in loaded:
-        tensor.copy_(value)
+    parameters = list(module.parameters())
+    loaded = [tensor for tensor in parameters if getattr(tensor, "_is_hf_initialized", False)]
+    if len(loaded) < len(parameters):
+        values = [tensor.clone() for tensor in loaded]
+        reset()
+        for tensor, value in zip(loaded, values, strict=True):
+            tensor.copy_(value)
     module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _is_loaded(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, "_is_hf_initialized", False)
 
 
 def wide_patterns(model: nn.Module) -> set[str]:

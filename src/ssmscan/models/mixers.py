@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ssmscan.layers import Attention, GatedSSM, Mamba, Mamba2
+from ssmscan.layers import RGLRU, S4D, Attention, GatedSSM, Hydra, Mamba, Mamba2, MatrixSSM
 from ssmscan.layers.mixer import Mixer
 from ssmscan.shapes import error
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 MIXERS: dict[str, type[Mixer]] = {
     "gated_ssm": GatedSSM,
+    "matrix_ssm": MatrixSSM,
+    "s4d": S4D,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "hydra": Hydra,
+    "rg_lru": RGLRU,
     "attention": Attention,
 }
 # What the model decides for all of its layers.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -183,7 +183,8 @@ class SSMModel(SSMPreTrainedModel):
                 raise TypeError(error("SSMModel", "cache must be an SSMCache", type(given).__name__, advice))
             return given
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not packed
+            causal = all(getattr(block.mixer, "causal", True) for block in self.layers)
+            use_cache = self.config.use_cache and causal and not self.training and not packed
         return self.make_cache(batch_size) if use_cache else None
 
 
@@ -245,7 +246,8 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
     def initialize_weights(self) -> None:
         """Draw what was not loaded, as the Mamba papers do."""
         self.backbone.initialize_weights()
-        draw(self.lm_head, self.lm_head.reset_parameters)
+        if not self.config.tie_word_embeddings:
+            draw(self.lm_head, self.lm_head.reset_parameters)
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> SSMCache:
         """The states of all layers before the first token of ``batch_size`` sequences.
@@ -275,20 +277,39 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """False: the forward makes its cache, for transformers' caches hold other states."""
+        """False: transformers' caches hold other states."""
         return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Begin with our cache, so that a long prompt can be read in chunks."""
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            model_kwargs[CACHE] = self.make_cache(rows)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        *arguments: Any,
+        *args: Any,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
-        **keywords: Any,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """A step's arguments; tokens that generate adds are never padding, so after the prompt there is no mask."""
+        """A step's arguments. generate reads the names here: which arguments there are, and that others go to forward.
+
+        Tokens that generate adds are never padding, so after the prompt there is no mask.
+        """
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *arguments, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **keywords
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and inputs.get(CACHE) is not None:
             inputs.pop("attention_mask", None)
