@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmscan.layers.conv import ShortConv
-from ssmscan.layers.mixer import Kept, Mixer, hide, positive
+from ssmscan.layers.mixer import Kept, Mixer, positive
 from ssmscan.layers.state import write
 from ssmscan.ops import linear_scan
 from ssmscan.shapes import error
@@ -154,8 +154,8 @@ class Attention(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
-        qkv = self.in_proj(hide(x, mask))
+        x = self.enter(x, state, cu_seqlens, mask)
+        qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, None if state is None else state.conv, cu_seqlens, mask)
         heads, groups = self.num_heads, self.num_heads_kv

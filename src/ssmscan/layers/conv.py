@@ -62,9 +62,9 @@ class ShortConv(nn.Conv1d):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l d"]:
+        # Before and after, for a projection's bias and the convolution's make something of nothing.
         x = hide(x, mask)
         y = self._both_sides(x, cu_seqlens) if self.centred else self._past(x, h, cu_seqlens)
-        # The bias made something of nothing.
         return hide(y, mask)
 
     def _past(self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

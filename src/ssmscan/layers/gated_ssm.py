@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmscan.layers.mixer import Kept, Mixer, hide, positive
+from ssmscan.layers.mixer import Kept, Mixer, positive
 from ssmscan.layers.parameters import wide
 from ssmscan.layers.start import check_memory, spread_decay_bias_
 from ssmscan.layers.state import advance
@@ -110,10 +110,10 @@ class GatedSSM(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         v, i, o, r = self.in_proj(x).chunk(4, -1)
         tokens = {
-            "x": hide(v, mask),
+            "x": v,
             "b": torch.sigmoid(i + self.input_bias).to(v.dtype),
             "c": F.silu(o),
             "log_a": F.logsigmoid(r + self.decay_bias),

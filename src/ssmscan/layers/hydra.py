@@ -102,7 +102,7 @@ class Hydra(Mamba2):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         z, u, dt = self.in_proj(x).split([self.d_inner, self.conv1d.out_channels, 2 * self.nheads], -1)
         u, pair, pair_rev = self.conv1d(u, None, cu_seqlens, mask).split(
             [self.d_inner, self.pair_width, self.pair_width], -1

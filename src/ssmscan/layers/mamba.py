@@ -156,7 +156,7 @@ class Mamba(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         conv, scan = state or (None, None)
         u, z = self.in_proj(x).chunk(2, -1)
         u = self.conv1d(u, conv, cu_seqlens, mask)

@@ -169,7 +169,7 @@ class Mamba2(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         conv, scan = state or (None, None)
         z, u, dt = self.in_proj(x).split([self.d_inner, self.conv1d.out_channels, self.nheads], -1)
         u = self.conv1d(u, conv, cu_seqlens, mask)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmscan.layers.mixer import Kept, Mixer, hide, positive
+from ssmscan.layers.mixer import Kept, Mixer, positive
 from ssmscan.layers.norm import GatedRMSNorm
 from ssmscan.layers.parameters import wide
 from ssmscan.layers.start import check_memory, spread_decay_bias_
@@ -118,13 +118,13 @@ class MatrixSSM(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         z, v, k, q, r = self.in_proj(x).split([self.d_inner] * 2 + [self.rows] * 3, -1)
         gate = r + self.decay_bias.flatten()
         # sqrt(1 - a²) as sqrt(1 - a) sqrt(1 + a), whose derivative stays finite as a reaches 1.
         scale = torch.exp((F.logsigmoid(-gate) + torch.log1p(torch.sigmoid(gate))) / 2)
         k = (k * scale).to(v.dtype).unflatten(-1, (self.nheads, self.d_state))
-        v = hide(v, mask).unflatten(-1, (self.nheads, self.headdim))
+        v = v.unflatten(-1, (self.nheads, self.headdim))
         tokens = {"x": (k.unsqueeze(-1) * v.unsqueeze(-2)).flatten(2, 3), "log_a": F.logsigmoid(gate)}
         scan = None if state is None else state.scan
         H = advance(matrix_scan, matrix_scan_step, scan, cu_seqlens, tokens).unflatten(2, (self.nheads, self.d_state))

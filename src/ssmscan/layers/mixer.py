@@ -27,7 +27,7 @@ class Mixer(WideParameters):
     - mask: (b, l), bool or 0 and 1: False marks padding before a sequence. The outputs of the others, and the state,
       are those of the sequence without it; what stands at a padded place has no meaning.
 
-    Subclasses give :meth:`state_layout`, and call :meth:`check` first.
+    Subclasses give :meth:`state_layout`, and call :meth:`enter` first.
     """
 
     d_model: int
@@ -60,8 +60,8 @@ class Mixer(WideParameters):
             made.append(torch.zeros(batch_size, *sizes, dtype=dtype, device=device))  # type: ignore[arg-type]
         return type(layout)(*made)
 
-    def check(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-        """Refuse a forward's arguments that are not those of this layer."""
+    def enter(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Refuse a forward's arguments that are not those of this layer; x, with zeros for the padding."""
         name = type(self).__name__
         check_tensors(name, {"x": x})
         check_rank(name, "x", x, "b, l, m")
@@ -78,8 +78,12 @@ class Mixer(WideParameters):
             if cu_seqlens is not None:
                 rule = "mask must be None with cu_seqlens"
                 raise ValueError(error(name, rule, "both", "Packed sequences have no padding."))
-        if state is None:
-            return
+        if state is not None:
+            self._check_state(state, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        return hide(x, mask)
+
+    def _check_state(self, state: Any, rows: int) -> None:
+        name = type(self).__name__
         if recomputing():
             rule = "state must be None where activations are recomputed in the backward"
             advice = "The state would advance twice: checkpoint without a state, or keep this layer's activations."
@@ -88,7 +92,6 @@ class Mixer(WideParameters):
         if type(state) is not type(layout):
             rule = f"state must be a {type(layout).__name__}"
             raise TypeError(error(name, rule, type(state).__name__, "Make it with init_state."))
-        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         for field, tensor, (sizes, dtype) in zip(layout._fields, state, layout, strict=True):
             if not isinstance(tensor, Tensor) or tensor.dtype is not dtype:
                 got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

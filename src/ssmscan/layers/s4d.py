@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmscan.layers.mixer import Kept, Mixer, hide, positive
+from ssmscan.layers.mixer import Kept, Mixer, positive
 from ssmscan.layers.parameters import wide
 from ssmscan.layers.start import check_steps
 from ssmscan.layers.state import advance
@@ -135,12 +135,12 @@ class S4D(Mixer):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
-        self.check(x, state, cu_seqlens, mask)
+        x = self.enter(x, state, cu_seqlens, mask)
         scan = None if state is None else state.scan
         # The convolution's sizes would tie an exported program to the length of its example.
         exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
         operation = partial(s4d, mode="recurrent") if exported else s4d
-        y = advance(operation, s4d_step, scan, cu_seqlens, {"x": hide(x, mask)}, **self.system())
+        y = advance(operation, s4d_step, scan, cu_seqlens, {"x": x}, **self.system())
         return F.glu(self.out_proj(F.gelu(y)), -1)
 
     def extra_repr(self) -> str:
