@@ -299,6 +299,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         *args: Any,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
@@ -309,9 +310,15 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         Tokens that generate adds are never padding, so after the prompt there is no mask.
         """
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length,
+            *args,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
-        if not is_first_iteration and inputs.get(CACHE) is not None:
+        # A chunk of the prompt comes without a length.
+        if next_sequence_length == 1 and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs
 

@@ -77,6 +77,8 @@ def load_pretrained(
     generation = read_json(path_or_name, "generation_config.json")
     if generation is not None:
         model.generation_config = GenerationConfig.from_dict(generation)
+        # The special tokens are fields of both configs.
+        model.generation_config.update(**fields)
     return model.to(device=device, dtype=dtype).eval()
 
 
