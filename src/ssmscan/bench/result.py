@@ -15,6 +15,8 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
+# Files beside those of the operations: of whole models, and of other libraries.
+BESIDE = ("models", "others")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Result:
 
 def read_all(folder: Path) -> list[Result]:
     """Every result under ``folder``, ordered by machine and operation."""
-    return [Result.read(path) for path in sorted(folder.glob("*/*.json"))]
+    return [Result.read(path) for path in sorted(folder.glob("*/*.json")) if path.stem not in BESIDE]
 
 
 def machine(device: str) -> str:
