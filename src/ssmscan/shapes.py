@@ -25,6 +25,14 @@ def error(function: str, rule: str, got: object, advice: str = "") -> str:
     return f"{function}: {rule}, got {got}.{' ' + advice if advice else ''}"
 
 
+def check_integer(function: str, name: str, value: object, least: int) -> None:
+    """``value`` is an integer, and neither true nor false, of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(error(function, f"{name} must be an integer", repr(value)))
+    if value < least:
+        raise ValueError(error(function, f"{name} must be at least {least}", value))
+
+
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and sums: float64 when any input is float64, else float32."""
     for tensor in tensors:

@@ -12,6 +12,7 @@ import torch
 
 from ssmscan.backend import choose, why_not
 from ssmscan.ops import decoding
+from ssmscan.ops._triton.launch import Kernel
 from ssmscan.ops.causal_conv1d.case import CASE as CAUSAL_CONV1D
 from ssmscan.ops.linear_scan.case import CASE as LINEAR_SCAN
 from ssmscan.ops.matrix_scan.case import CASE as MATRIX_SCAN
@@ -56,24 +57,16 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture
-def launches():
-    """The calls that reach a kernel."""
-    calls = []
-    loaders = [import_module(f"ssmscan.ops.{case.name}.autograd")._load for case in CASES]
-    with pytest.MonkeyPatch.context() as patch:
-        for case in CASES:
-            module = import_module(f"ssmscan.ops.{case.name}.kernel_step")
+def launches(monkeypatch):
+    """The names of the kernels that are launched."""
+    names = []
 
-            def spy(*arguments, launch=module.step):
-                calls.append(arguments)
-                return launch(*arguments)
+    def launch(kernel, *arguments, launch=Kernel.launch):
+        names.append(kernel.function.__name__)
+        launch(kernel, *arguments)
 
-            patch.setattr(module, "step", spy)
-        for load in loaders:
-            load.cache_clear()
-        yield calls
-    for load in loaders:
-        load.cache_clear()
+    monkeypatch.setattr(Kernel, "launch", launch)
+    return names
 
 
 @pytest.fixture

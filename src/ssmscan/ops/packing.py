@@ -115,7 +115,7 @@ def pack(cu_seqlens: Tensor, l: int) -> tuple[Tensor, Tensor]:
 def first_tokens(sequence: Tensor, reverse: bool) -> Tensor:
     """Which tokens, (l,) bool, come first in their sequence in scan order."""
     changes = sequence[1:] != sequence[:-1]
-    edge = changes.new_ones(1)
+    edge = sequence[:1] == sequence[:1]
     return torch.cat([changes, edge] if reverse else [edge, changes])
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ssmscan.backend import INTERPRET
 from ssmscan.shapes import error
 
 LIBRARY = torch.library.Library("ssmscan", "FRAGMENT")
@@ -250,7 +251,12 @@ def loader(package: str) -> Callable[[str, str], Callable[..., Any]]:
 
     @cache
     def load(backend: str, name: str) -> Callable[..., Any]:
-        return getattr(import_module(f"{package}.{MODULES[backend, name]}"), name)
+        function = getattr(import_module(f"{package}.{MODULES[backend, name]}"), name)
+        if backend != "triton" or name == "step" or INTERPRET:
+            return function
+        from ssmscan.ops._triton.record import Recorded
+
+        return Recorded(function)
 
     return load
 
@@ -309,8 +315,11 @@ def _like_first(x, *_):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a derivative of this call."""
-    if torch.is_grad_enabled():
+    """Whether autograd will ask for a derivative of this call.
+
+    Not of an exported program: what the forward saves for the backward would tie that to the lengths of its example.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True

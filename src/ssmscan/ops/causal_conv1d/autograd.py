@@ -31,5 +31,7 @@ def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
 causal_conv1d = Operator("causal_conv1d", Inputs, Options, _outputs, constants=2)
 causal_conv1d_step = define_step(
-    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, bool silu) -> Tensor", __package__
+    "causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) h, Tensor? state_indices, bool silu) "
+    "-> Tensor",
+    __package__,
 )

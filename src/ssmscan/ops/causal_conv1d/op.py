@@ -10,9 +10,9 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.causal_conv1d import autograd, plain, reference
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import check_sequences, pack
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ def causal_conv1d(
         x: input, (b, l, d), float32, bfloat16 or float16 (float64 off the Triton backend).
         weight: the kernels, (d, w), with a width w of 2 to 8.
         bias: (d,); None is 0.
-        activation: "silu" for z·σ(z), or None.
+        activation: "silu", also named "swish", for z·σ(z), or None.
         h0: the inputs before the first one, (b, w - 1, d), or (s, w - 1, d) with ``cu_seqlens``; None is zeros.
         reverse: run from the right end to the left: y_t then depends on x_t and the w - 1 inputs to its right. ``h0``
             holds what lies beyond the right end, and the returned state is that of the left end. Both are in scan
@@ -99,28 +99,33 @@ def _run(inputs: Inputs, options: Options, implementation: str) -> tuple[Tensor,
 
 
 def causal_conv1d_step(
-    x: Float[Tensor, "b d"],
+    x: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
     weight: Float[Tensor, "d w"],
     bias: Float[Tensor, " d"] | None = None,
     *,
     activation: str | None = None,
-    h: Float[Tensor, "b w-1 d"],
-) -> Float[Tensor, "b d"]:
-    """Advance :func:`causal_conv1d` by one token, updating the state in place.
+    h: Float[Tensor, "rows w-1 d"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
+    """Advance :func:`causal_conv1d` by one token or several, updating the state in place.
 
     .. math:: y = \\mathrm{act}\\Big(\\mathrm{bias} + \\sum_{k=0}^{w-2} \\mathrm{weight}_k h_k
         + \\mathrm{weight}_{w-1} x\\Big), \\qquad h \\leftarrow (h_1, \\dots, h_{w-2}, x)
 
     Args:
-        x: input, (b, d).
+        x: input of one token, (b, d), or of several, (b, l, d), which have the results of l steps, to the last bit.
         weight, bias, activation: as in :func:`causal_conv1d`.
-        h: the state, (b, w - 1, d), float32 or float64. Overwritten with the next state.
+        h: the state, (b, w - 1, d), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, d), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`causal_conv1d`.
+        TypeError, ValueError: as :func:`causal_conv1d`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -130,12 +135,13 @@ def causal_conv1d_step(
         >>> y.item(), h.flatten().tolist()
         (123.0, [2.0, 3.0])
     """
-    silu = _check("causal_conv1d_step", "b, d", x, weight, bias, activation, {"h": h})
-    dtype = state_dtype(x, weight, bias)
-    check_state("causal_conv1d_step", "h", h, "b, w-1, d", (x.shape[0], weight.shape[1] - 1, x.shape[1]), dtype)
-    if fused("causal_conv1d_step", h, x, weight, bias):
-        return autograd.causal_conv1d_step(x, weight, bias, h, silu)
-    return reference.causal_conv1d_step(x, weight, bias, h, silu)
+    leading = leading_axes("causal_conv1d_step", x, "d")
+    silu = _check("causal_conv1d_step", leading + "d", x, weight, bias, activation, {"h": h})
+    d, w = weight.shape
+    check_state("causal_conv1d_step", h, "w-1, d", x.shape[0], (w - 1, d), state_indices)
+    if fused("causal_conv1d_step", state_dtype(x, weight, bias, h), h, x, weight, bias):
+        return autograd.causal_conv1d_step(x, weight, bias, h, state_indices, silu)
+    return reference.causal_conv1d_step(x, weight, bias, h, state_indices, silu)
 
 
 def _check(
@@ -157,6 +163,6 @@ def _check(
     if not 2 <= w <= WIDEST:
         rule = f"weight must have a width w of 2 to {WIDEST}"
         raise ValueError(error(function, rule, w, "Pass it as (d, w)."))
-    if activation not in (None, "silu"):
-        raise ValueError(error(function, 'activation must be None or "silu"', repr(activation)))
-    return activation == "silu"
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(error(function, 'activation must be None, "silu" or "swish"', repr(activation)))
+    return activation is not None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssmscan.ops.decoding import advance
 from ssmscan.shapes import state_dtype
 
 
@@ -26,18 +27,21 @@ def causal_conv1d(
     ys: list[Tensor] = [x] * l
     xs = x.unbind(1)
     for t in reversed(range(l)) if reverse else range(l):
-        ys[t], states[owner[t]] = _advance(xs[t], weight, bias, states[owner[t]], silu)
+        ys[t], states[owner[t]] = _token(xs[t], weight, bias, states[owner[t]], silu)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 
 
-def causal_conv1d_step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) -> Tensor:
-    y, following = _advance(x, weight, bias, h, silu)
-    h.copy_(following)
-    return y
+def causal_conv1d_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indices: Tensor | None, silu: bool
+) -> Tensor:
+    def token(x, h):
+        return _token(x, weight, bias, h, silu)
+
+    return advance(token, (x,), h, state_indices, x.dim() == 3, state_dtype(x, weight, bias, h))
 
 
-def _advance(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+def _token(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
     """The output for one token, and the state after it."""
     inputs = torch.cat([h, x[:, None].to(h.dtype)], 1)
     z = (inputs * weight.t().to(h.dtype)).sum(1)

@@ -38,5 +38,7 @@ def _saved(inputs: Inputs, options: Options, h: Tensor) -> Tensor:
 
 linear_scan = Operator("linear_scan", Inputs, Options, _outputs, _saved, constants=1)
 linear_scan_step = define_step(
-    "linear_scan_step(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor(a!) h, bool log) -> Tensor", __package__
+    "linear_scan_step(Tensor x, Tensor decay, Tensor? b, Tensor? c, Tensor(a!) h, Tensor? state_indices, bool log) "
+    "-> Tensor",
+    __package__,
 )

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.linear_scan import autograd, plain, reference
 from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import enter
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,27 +79,33 @@ def linear_scan(
 
 
 def linear_scan_step(
-    x: Float[Tensor, "b d"],
-    a: Float[Tensor, "b d"] | None = None,
-    b: Float[Tensor, "b d"] | None = None,
-    c: Float[Tensor, "b d"] | None = None,
+    x: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
+    a: Float[Tensor, "b d"] | Float[Tensor, "b l d"] | None = None,
+    b: Float[Tensor, "b d"] | Float[Tensor, "b l d"] | None = None,
+    c: Float[Tensor, "b d"] | Float[Tensor, "b l d"] | None = None,
     *,
-    log_a: Float[Tensor, "b d"] | None = None,
-    h: Float[Tensor, "b d"],
-) -> Float[Tensor, "b d"]:
-    """Advance :func:`linear_scan` by one token, updating the state in place.
+    log_a: Float[Tensor, "b d"] | Float[Tensor, "b l d"] | None = None,
+    h: Float[Tensor, "rows d"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
+    """Advance :func:`linear_scan` by one token or several, updating the state in place.
 
     .. math:: h \\leftarrow a h + b x, \\qquad y = c h
 
     Args:
-        x, a, b, c, log_a: as in :func:`linear_scan`, without the length: (b, d).
-        h: the state, (b, d), float32 or float64. Overwritten with the next state.
+        x, a, b, c, log_a: as in :func:`linear_scan`, without the length for one token: (b, d). With it, l tokens have
+            the results of l steps, to the last bit.
+        h: the state, (b, d), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, d), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`linear_scan`.
+        TypeError, ValueError: as :func:`linear_scan`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -108,11 +114,12 @@ def linear_scan_step(
         >>> linear_scan_step(torch.ones(1, 2), torch.full((1, 2), 0.5), h=h).tolist(), h.tolist()
         ([[1.5, 1.5]], [[1.5, 1.5]])
     """
-    decay, log = _check("linear_scan_step", "b, d", x, a, b, c, log_a, h)
-    check_state("linear_scan_step", "h", h, "b, d", tuple(x.shape), state_dtype(x, decay, b, c))
-    if fused("linear_scan_step", h, x, decay, b, c):
-        return autograd.linear_scan_step(x, decay, b, c, h, log)
-    return reference.linear_scan_step(x, decay, b, c, h, log)
+    leading = leading_axes("linear_scan_step", x, "d")
+    decay, log = _check("linear_scan_step", leading + "d", x, a, b, c, log_a, h)
+    check_state("linear_scan_step", h, "d", x.shape[0], x.shape[-1:], state_indices)
+    if fused("linear_scan_step", state_dtype(x, decay, b, c, h), h, x, decay, b, c):
+        return autograd.linear_scan_step(x, decay, b, c, h, state_indices, log)
+    return reference.linear_scan_step(x, decay, b, c, h, state_indices, log)
 
 
 def _check(

@@ -1,8 +1,11 @@
 """The recurrence as a plain loop over time. In float64 it is the oracle of every other backend."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ssmscan.ops.decoding import advance
 from ssmscan.shapes import state_dtype
 
 
@@ -23,22 +26,25 @@ def linear_scan(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
-    xs, decays = (v.to(dtype).unbind(1) for v in (x, decay))
-    bs, cs = (None if v is None else v.to(dtype).unbind(1) for v in (b, c))
+    xs, decays = (v.unbind(1) for v in (x, decay))
+    bs, cs = ([None] * l if v is None else v.unbind(1) for v in (b, c))
     for t in reversed(range(l)) if reverse else range(l):
-        a_t = decays[t].exp() if log else decays[t]
-        u_t = xs[t] if bs is None else bs[t] * xs[t]
-        h = a_t * states[owner[t]] + u_t
-        states[owner[t]] = h
-        ys[t] = (h if cs is None else cs[t] * h).to(x.dtype)
+        ys[t], states[owner[t]] = _token(xs[t], decays[t], bs[t], cs[t], states[owner[t]], log)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 
 
-def linear_scan_step(x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, log: bool) -> Tensor:
-    a = decay.to(h.dtype).exp() if log else decay.to(h.dtype)
-    u = x.to(h.dtype) if b is None else b.to(h.dtype) * x.to(h.dtype)
-    # Its own memory, for y may be it.
-    state = a * h + u
-    h.copy_(state)
-    return (state if c is None else c.to(h.dtype) * state).to(x.dtype)
+def linear_scan_step(
+    x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, state_indices: Tensor | None, log: bool
+) -> Tensor:
+    token, dtype = partial(_token, log=log), state_dtype(x, decay, b, c, h)
+    return advance(token, (x, decay, b, c), h, state_indices, x.dim() == 3, dtype)
+
+
+def _token(x: Tensor, decay: Tensor, b: Tensor | None, c: Tensor | None, h: Tensor, log: bool) -> tuple[Tensor, Tensor]:
+    """The output of one token and the state after it; all (b, d)."""
+    dtype = h.dtype
+    a = decay.to(dtype).exp() if log else decay.to(dtype)
+    u = x.to(dtype) if b is None else b.to(dtype) * x.to(dtype)
+    h = a * h + u
+    return (h if c is None else c.to(dtype) * h).to(x.dtype), h

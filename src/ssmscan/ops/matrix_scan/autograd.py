@@ -34,4 +34,6 @@ def _saved(inputs: Inputs, options: Options, h: Tensor) -> Tensor:
 
 
 matrix_scan = Operator("matrix_scan", Inputs, Options, _outputs, _saved, constants=1)
-matrix_scan_step = define_step("matrix_scan_step(Tensor x, Tensor log_a, Tensor(a!) h) -> Tensor", __package__)
+matrix_scan_step = define_step(
+    "matrix_scan_step(Tensor x, Tensor log_a, Tensor(a!) h, Tensor? state_indices) -> Tensor", __package__
+)

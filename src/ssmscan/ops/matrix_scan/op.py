@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.matrix_scan import autograd, plain, reference
 from ssmscan.ops.matrix_scan.autograd import Inputs, Options
 from ssmscan.ops.packing import enter, first_tokens
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -84,21 +84,30 @@ def matrix_scan(
 
 
 def matrix_scan_step(
-    x: Float[Tensor, "b r c"], log_a: Float[Tensor, "b r"], *, h: Float[Tensor, "b r c"]
-) -> Float[Tensor, "b r c"]:
-    """Advance :func:`matrix_scan` by one token, updating the state in place.
+    x: Float[Tensor, "b r c"] | Float[Tensor, "b l r c"],
+    log_a: Float[Tensor, "b r"] | Float[Tensor, "b l r"],
+    *,
+    h: Float[Tensor, "rows r c"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b r c"] | Float[Tensor, "b l r c"]:
+    """Advance :func:`matrix_scan` by one token or several, updating the state in place.
 
     .. math:: H \\leftarrow \\mathrm{diag}(e^{\\log a}) H + X, \\qquad Y = H
 
     Args:
-        x, log_a: as in :func:`matrix_scan`, without the length: (b, r, c) and (b, r).
-        h: the state, (b, r, c), float32 or float64. Overwritten with the next state.
+        x, log_a: as in :func:`matrix_scan`, without the length for one token: (b, r, c) and (b, r). With it, l tokens
+            have the results of l steps, to the last bit.
+        h: the state, (b, r, c), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, r, c), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`matrix_scan`.
+        TypeError, ValueError: as :func:`matrix_scan`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -107,11 +116,12 @@ def matrix_scan_step(
         >>> matrix_scan_step(torch.ones(1, 1, 2), torch.full((1, 1), 0.5).log(), h=h).tolist(), h.tolist()
         ([[[1.5, 1.5]]], [[[1.5, 1.5]]])
     """
-    _check("matrix_scan_step", "b, r, c", x, log_a, None, h)
-    check_state("matrix_scan_step", "h", h, "b, r, c", tuple(x.shape), state_dtype(x, log_a))
-    if fused("matrix_scan_step", h, x, log_a):
-        return autograd.matrix_scan_step(x, log_a, h)
-    return reference.matrix_scan_step(x, log_a, h)
+    leading = leading_axes("matrix_scan_step", x, "r, c")
+    _check("matrix_scan_step", leading + "r, c", x, log_a, None, h)
+    check_state("matrix_scan_step", h, "r, c", x.shape[0], x.shape[-2:], state_indices)
+    if fused("matrix_scan_step", state_dtype(x, log_a, h), h, x, log_a):
+        return autograd.matrix_scan_step(x, log_a, h, state_indices)
+    return reference.matrix_scan_step(x, log_a, h, state_indices)
 
 
 def _check(

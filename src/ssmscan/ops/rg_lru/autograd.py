@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
 
 class Options(NamedTuple):
     reverse: bool
+    scale_first: bool
 
 
 def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -37,6 +38,7 @@ def _saved(inputs: Inputs, options: Options, h: Tensor) -> Tensor:
 
 rg_lru = Operator("rg_lru", Inputs, Options, _outputs, _saved, constants=1)
 rg_lru_step = define_step(
-    "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h) -> Tensor",
+    "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h, "
+    "Tensor? state_indices) -> Tensor",
     __package__,
 )

@@ -6,6 +6,8 @@ from ssmscan.ops.rg_lru.op import rg_lru, rg_lru_step
 from ssmscan.testing import Benchmark, OpCase, Option
 
 ALL = Option("all", ("x", "input_gate", "recurrence_gate", "a_param"))
+# The step continues a sequence, so it has no such option.
+UNSCALED = Option("first unscaled", ALL.tensors, {"scale_first": False}, lacks=("step",))
 
 
 def _inputs(size, generator):
@@ -35,7 +37,7 @@ CASE = OpCase(
     name="rg_lru",
     op=rg_lru,
     inputs=_inputs,
-    options=(ALL,),
+    options=(ALL, UNSCALED),
     sizes=({"b": 2, "l": 35, "d": 5}, {"b": 1, "l": 16, "d": 65}, {"b": 3, "l": 1, "d": 1}),
     sequence=("x", "input_gate", "recurrence_gate"),
     channelwise=("x", "input_gate", "recurrence_gate"),

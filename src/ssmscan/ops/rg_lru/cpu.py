@@ -15,6 +15,7 @@ from torch import Tensor
 from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run, split
+from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.rg_lru.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -39,7 +40,7 @@ def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first,
 
 @compiled
 def _backward(
-    x, gi, a, gain, gr, dy, strides, rate, owner, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
+    x, gi, a, gain, gr, dy, strides, rate, owner, unscaled, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
 ):
     width = end - first
     # Before each step, after its decay.
@@ -83,8 +84,12 @@ def _backward(
                 dir_ = di[i, t, first:end]
                 for j in range(width):
                     dir_[j] = gs[j] * sr[j] * xr[j] * gir[j] * (one - gir[j])
-            for j in range(width):
-                dlog_a[j] = gs[j] * (hr[j] - xr[j] * gir[j] * ar[j] * ar[j] / max(sr[j], limit))
+            if unscaled.size > 0 and unscaled[t]:
+                # No state decays before a first token, nor does its gain depend on the decay.
+                dlog_a[:] = 0
+            else:
+                for j in range(width):
+                    dlog_a[j] = gs[j] * (hr[j] - xr[j] * gir[j] * ar[j] * ar[j] / max(sr[j], limit))
             if dr.size > 0:
                 drr = dr[i, t, first:end]
                 for j in range(width):
@@ -98,13 +103,14 @@ def _backward(
 
 def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
-    (reverse,) = options
+    reverse, scale_first = options
     batch, l, d = x.shape
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
     h = filled((batch, d), dtype, h0)
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
-    gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype))
+    unscaled = _unscaled(sequence, l, reverse, scale_first)
+    gi, _, a, gain = _gates(input_gate, recurrence_gate, _rate(a_param, dtype), unscaled)
     arrays, strides = rows((x, gi, a, gain), x.shape, dtype)
     run(
         _forward,
@@ -125,11 +131,12 @@ def backward(
     inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
-    (reverse,) = options
+    reverse, scale_first = options
     batch, l, d = x.shape
     dtype = states.dtype
     rate = _rate(a_param, dtype)
-    gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate)
+    unscaled = _unscaled(sequence, l, reverse, scale_first)
+    gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate, unscaled)
     arrays, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
     g = filled((batch if h0 is None else h0.shape[0], d), dtype, dh)
     start = empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
@@ -142,6 +149,7 @@ def backward(
         strides,
         rate.numpy(),
         owners(sequence),
+        unscaled.numpy(),
         start.numpy(),
         states.numpy(),
         g.numpy(),
@@ -166,8 +174,21 @@ def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
     return 8 * F.softplus(a_param.to(dtype))
 
 
-def _gates(input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both gates open, a and √(1 − a²)."""
+def _gates(
+    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both gates open, a, and √(1 − a²) or where a token is ``unscaled`` 1."""
     gi, gr = input_gate.to(rate.dtype).sigmoid(), recurrence_gate.to(rate.dtype).sigmoid()
     log_a = -rate * gr
-    return gi, gr, log_a.exp(), (2 * log_a).expm1_().neg_().sqrt_()
+    gain = (2 * log_a).expm1_().neg_().sqrt_()
+    if unscaled.numel() > 0:
+        gain.masked_fill_(unscaled[:, None], 1)
+    return gi, gr, log_a.exp(), gain
+
+
+def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor:
+    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; empty if all are."""
+    if scale_first:
+        return torch.empty(0, dtype=torch.bool, device="cpu")
+    one = torch.zeros(l, dtype=torch.int32, device="cpu")
+    return first_tokens(one if sequence is None else sequence, reverse)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
-from ssmscan.ops._triton.gradients import room, state_room
+from ssmscan.ops._triton.gradients import room, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     batch_and_time,
@@ -42,7 +42,7 @@ from ssmscan.ops.rg_lru.kernel_fwd import decay_and_gain, open_gate_rate
 def _tile(
     x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
     x_step, i_step, r_step, dy_step, direction, t, L, channels, D,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Walk back over the 16 steps from position t, which all exist if WHOLE.
 
@@ -64,7 +64,8 @@ def _tile(
         last = bits(ends)
         if dh is not None:
             final = gather_states(dh, owner, ends, last, channels, D, BD)
-    # The open gates, the decay a, the gain √(1 − a²), and how fast that falls with log a, bounded: a²/gain.
+    # The open gates, the decay a, the gain √(1 − a²), and how fast that falls with log a, bounded: a²/gain. Unscaled, a
+    # first token has the gain 1, which does not fall.
     rs = ()
     decays = ()
     gains = ()
@@ -72,10 +73,15 @@ def _tile(
     for i in tl.static_range(16):
         r = sigmoid(grs[i].to(tl.float32))
         a, gain, inverse = decay_and_gain(r, rate)
+        fall = a * a * tl.minimum(inverse, 1000.0)
+        if not SCALE_FIRST and (sequence is not None or i == 0):
+            unscaled = t == 0 if sequence is None else (first >> i) & 1 != 0
+            gain = tl.where(unscaled, 1.0, gain)
+            fall = tl.where(unscaled, 0.0, fall)
         rs = rs + (r,)
         decays = decays + (a,)
         gains = gains + (gain,)
-        falls = falls + (a * a * tl.minimum(inverse, 1000.0),)
+        falls = falls + (fall,)
     if not SUMMARY:
         xs = load_rows(x + t * x_step, row * x_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
         gis = load_rows(input_gate + t * i_step, row * i_step, exists, channels, D, 0.0, BD, EVEN, WHOLE)
@@ -143,7 +149,7 @@ def rg_lru_backward(
     dx, di, dr, slopes, dh0, products, totals,
     L, D, blocks, length, segments, direction,
     x_batch, x_time, i_batch, i_time, r_batch, r_time, dy_batch, dy_time,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, SCALE_FIRST: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""
     # The batch may exceed what the other axes of a grid can count.
@@ -189,13 +195,13 @@ def rg_lru_backward(
         g, product, slope = _tile(
             x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
             direction * x_time, direction * i_time, direction * r_time, direction * dy_time, direction,
-            whole, L, channels, D, SUMMARY, BD, EVEN, False,
+            whole, L, channels, D, SCALE_FIRST, SUMMARY, BD, EVEN, False,
         )  # fmt: skip
     for done in tl.range(0, whole - begin, 16, num_stages=STAGES):
         g, product, slope = _tile(
             x, input_gate, recurrence_gate, rate, dy, h0, sequence, states, dx, di, dr, dh, dh0, g, product, slope,
             direction * x_time, direction * i_time, direction * r_time, direction * dy_time, direction,
-            whole - 16 - done, L, channels, D, SUMMARY, BD, EVEN, True,
+            whole - 16 - done, L, channels, D, SCALE_FIRST, SUMMARY, BD, EVEN, True,
         )  # fmt: skip
 
     row = summary_row + segment.to(tl.int64) * D + channels
@@ -205,19 +211,21 @@ def rg_lru_backward(
     elif dh0 is not None and sequence is None:
         tl.store(dh0 + batch * D + channels, g, mask=inside & (begin == 0))
     if slopes is not None:
-        tl.store(slopes + row, slope, mask=inside)
+        # From the slope of the decay's rate, 8·softplus(a_param), to that of a_param.
+        opening = sigmoid(tl.load(a_param + channels, mask=inside, other=0.0).to(tl.float32))
+        tl.store(slopes + row, -8.0 * opening * slope, mask=inside)
 
 
 def backward(
     inputs: Inputs, states: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
     x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
-    (reverse,) = options
+    reverse, scale_first = options
     batch, l, d = x.shape
-    dx, di, dr = room((x, input_gate, recurrence_gate), needs)
+    dx, di, dr, da_param = room(inputs[:4], needs)
     dh0 = state_room(h0, dh, needs[4], passes=sequence is not None or l == 0)
     if x.numel() == 0:
-        return [dx, di, dr, torch.zeros_like(a_param), dh0]
+        return [dx, di, dr, da_param if da_param is None else da_param.zero_(), dh0]
     x, input_gate, recurrence_gate = channels_last(x), channels_last(input_gate), channels_last(recurrence_gate)
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
@@ -229,7 +237,8 @@ def backward(
     launch(
         rg_lru_backward, batch, d, blocks, segments, x,
         (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh), (states, dx, di, dr, slopes, dh0), integers,
-        (config.BD, d % config.BD == 0, config.stages), config.warps,
+        (scale_first, config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
-    da_param = None if slopes is None else -8 * a_param.float().sigmoid() * slopes.sum((0, 1))
+    if slopes is not None:
+        sum_rows(slopes.view(-1, d), (d, 0, 0), (da_param, None, None))
     return [dx, di, dr, da_param, dh0]

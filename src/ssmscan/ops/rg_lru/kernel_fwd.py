@@ -47,7 +47,7 @@ def decay_and_gain(gate, rate):
 def _tile(
     x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
     x_step, i_step, r_step, direction, t, L, channels, lanes, D,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Walk the 32 steps from position t, which all exist if WHOLE. A SUMMARY writes nothing but tracks a's product."""
     t = tl.cast(t, tl.int64)
@@ -78,6 +78,11 @@ def _tile(
             total = tl.where(started, initial[i].to(tl.float32), total)
             band_product = tl.where(started, 0.0, band_product)
         a, gain, _ = decay_and_gain(sigmoid(grs[i].to(tl.float32)), rate)
+        if not SCALE_FIRST:
+            if sequence is not None:
+                gain = tl.where(started, 1.0, gain)
+            elif i == 0:
+                gain = tl.where(t + 16 * band == 0, 1.0, gain)
         u = gain * (sigmoid(gis[i].to(tl.float32)) * xs[i].to(tl.float32))
         total = tl.fma(a, total, u)
         band_product *= a
@@ -107,7 +112,7 @@ def rg_lru_forward(
     x, input_gate, recurrence_gate, a_param, h0, sequence, y, hn, states, products, totals,
     L, D, blocks, length, segments, direction,
     x_batch, x_time, i_batch, i_time, r_batch, r_time,
-    SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr, SCALE_FIRST: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The recurrence over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""
     # The batch may exceed what the other axes of a grid can count.
@@ -149,13 +154,13 @@ def rg_lru_forward(
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            t, L, channels, lanes, D, SUMMARY, BD, EVEN, True,
+            t, L, channels, lanes, D, SCALE_FIRST, SUMMARY, BD, EVEN, True,
         )  # fmt: skip
     if whole < end:
         h, product = _tile(
             x, input_gate, recurrence_gate, rate, h0, sequence, y, hn, states, h, product,
             direction * x_time, direction * i_time, direction * r_time, direction,
-            whole, L, channels, lanes, D, SUMMARY, BD, EVEN, False,
+            whole, L, channels, lanes, D, SCALE_FIRST, SUMMARY, BD, EVEN, False,
         )  # fmt: skip
 
     if SUMMARY:
@@ -169,7 +174,7 @@ def rg_lru_forward(
 def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the final state, and with ``save`` the state before every 16th step."""
     x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
-    (reverse,) = options
+    reverse, scale_first = options
     batch, l, d = x.shape
     y = x.new_empty(batch, l, d)
     # Packed: an empty sequence keeps its initial state, the kernel writes the others.
@@ -187,6 +192,6 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     integers = (l, d, blocks, length, segments, -1 if reverse else 1, *strides)
     launch(
         rg_lru_forward, batch, d, blocks, segments, x, (input_gate, recurrence_gate, a_param, h0, sequence),
-        (y, hn, states), integers, (config.BD, d % config.BD == 0, config.stages), config.warps,
+        (y, hn, states), integers, (scale_first, config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
     return y, hn, states

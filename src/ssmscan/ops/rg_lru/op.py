@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import enter
 from ssmscan.ops.rg_lru import autograd, plain, reference
 from ssmscan.ops.rg_lru.autograd import Inputs, Options
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ def rg_lru(
     recurrence_gate: Float[Tensor, "b l d"],
     a_param: Float[Tensor, " d"],
     *,
+    scale_first: bool = True,
     h0: Float[Tensor, "b d"] | None = None,
     reverse: bool = False,
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
@@ -42,9 +43,10 @@ def rg_lru(
         recurrence_gate: the gate r of the recurrence before its sigmoid, (b, l, d).
         a_param: the parameter Λ of each channel, (d,): at an open gate its decay is sigmoid(-Λ)^8. float32 is
             recommended.
-        h0: initial state, (b, d), or (s, d) with ``cu_seqlens``; None is zero. The first token is as any other: its
-            input is scaled by sqrt(1 - a²) even if there is no state before it, which Griffin's published code
-            leaves out there.
+        scale_first: whether the first token of each sequence, in scan order, is as any other. False leaves its input
+            unscaled, with 1 in place of sqrt(1 - a²), as RecurrentGemma has it. With ``h0`` sequences are continued,
+            so that none has its first token here, and False changes nothing.
+        h0: initial state, (b, d), or (s, d) with ``cu_seqlens``; None is zero.
         reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
             the one at the left end.
         cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
@@ -72,10 +74,11 @@ def rg_lru(
         [0.399, 0.64, 0.784]
     """
     _check("rg_lru", "b, l, d", x, input_gate, recurrence_gate, a_param, h0)
-    check_flags("rg_lru", reverse=reverse)
+    check_flags("rg_lru", reverse=reverse, scale_first=scale_first)
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
+    scale_first = scale_first or h0 is not None
     implementation, sequence, h0 = enter("rg_lru", backend, x, dtype, cu_seqlens, h0, "d", x.shape[2:])
-    inputs, options = Inputs(x, input_gate, recurrence_gate, a_param, h0, sequence), Options(reverse)
+    inputs, options = Inputs(x, input_gate, recurrence_gate, a_param, h0, sequence), Options(reverse, scale_first)
     if implementation == "reference":
         return reference.rg_lru(*inputs, *options)
     if implementation == "torch":
@@ -84,27 +87,35 @@ def rg_lru(
 
 
 def rg_lru_step(
-    x: Float[Tensor, "b d"],
-    input_gate: Float[Tensor, "b d"],
-    recurrence_gate: Float[Tensor, "b d"],
+    x: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
+    input_gate: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
+    recurrence_gate: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
     a_param: Float[Tensor, " d"],
     *,
-    h: Float[Tensor, "b d"],
-) -> Float[Tensor, "b d"]:
-    """Advance :func:`rg_lru` by one token, updating the state in place.
+    h: Float[Tensor, "rows d"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
+    """Advance :func:`rg_lru` by one token or several, updating the state in place.
 
     .. math:: h \\leftarrow a h + \\sqrt{1 - a^2} \\; \\sigma(i) \\, x, \\qquad y = h
 
+    A step continues a sequence, so it scales every token.
+
     Args:
-        x, input_gate, recurrence_gate: as in :func:`rg_lru`, without the length: (b, d).
+        x, input_gate, recurrence_gate: as in :func:`rg_lru`, without the length for one token: (b, d). With it, l
+            tokens have the results of l steps, to the last bit.
         a_param: as in :func:`rg_lru`, (d,).
-        h: the state, (b, d), float32 or float64. Overwritten with the next state.
+        h: the state, (b, d), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, d), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`rg_lru`.
+        TypeError, ValueError: as :func:`rg_lru`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -114,12 +125,13 @@ def rg_lru_step(
         >>> round(y.item(), 3), round(h.item(), 3)
         (0.399, 0.399)
     """
-    _check("rg_lru_step", "b, d", x, input_gate, recurrence_gate, a_param, h)
-    dtype = state_dtype(x, input_gate, recurrence_gate, a_param)
-    check_state("rg_lru_step", "h", h, "b, d", tuple(x.shape), dtype)
-    if fused("rg_lru_step", h, x, input_gate, recurrence_gate, a_param):
-        return autograd.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
-    return plain.rg_lru_step(x, input_gate, recurrence_gate, a_param, h)
+    leading = leading_axes("rg_lru_step", x, "d")
+    _check("rg_lru_step", leading + "d", x, input_gate, recurrence_gate, a_param, h)
+    check_state("rg_lru_step", h, "d", x.shape[0], x.shape[-1:], state_indices)
+    inputs = (x, input_gate, recurrence_gate, a_param)
+    if fused("rg_lru_step", state_dtype(*inputs, h), h, *inputs):
+        return autograd.rg_lru_step(*inputs, h, state_indices)
+    return plain.rg_lru_step(*inputs, h, state_indices)
 
 
 def _check(

@@ -30,6 +30,7 @@ def rg_lru(
     h0: Tensor | None,
     sequence: Tensor | None,
     reverse: bool,
+    scale_first: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, l, d = x.shape
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
@@ -39,15 +40,19 @@ def rg_lru(
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
     xs, input_gates, recurrence_gates = (v.unbind(1) for v in (x, input_gate, recurrence_gate))
+    unscaled = set() if scale_first else set(owner)
     for t in reversed(range(l)) if reverse else range(l):
-        h = _next(xs[t], input_gates[t], recurrence_gates[t], a_param, states[owner[t]])
+        scale = owner[t] not in unscaled
+        unscaled.discard(owner[t])
+        h = _next(xs[t], input_gates[t], recurrence_gates[t], a_param, states[owner[t]], scale)
         states[owner[t]] = h
         ys[t] = h.to(x.dtype)
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 
 
-def _next(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor) -> Tensor:
+def _next(x: Tensor, input_gate: Tensor, recurrence_gate: Tensor, a_param: Tensor, h: Tensor, scale: bool) -> Tensor:
     x, i, r, parameter = (v.to(h.dtype) for v in (x, input_gate, recurrence_gate, a_param))
     log_a = -8 * torch.sigmoid(r) * F.softplus(parameter)
-    return torch.exp(log_a) * h + _Gain.apply(log_a) * torch.sigmoid(i) * x
+    u = torch.sigmoid(i) * x
+    return torch.exp(log_a) * h + (_Gain.apply(log_a) * u if scale else u)

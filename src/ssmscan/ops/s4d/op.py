@@ -123,9 +123,9 @@ def s4d_step(
         >>> round(y.item(), 4), round(h.item(), 4)
         (0.7213, 0.7213)
     """
-    _, dtype = _check("s4d_step", "b, d", x, dt, A, B, C, D, h)
+    real, dtype = _check("s4d_step", "b, d", x, dt, A, B, C, D, h)
     check_state("s4d_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
-    if fused("s4d_step", h, x, dt, A, B, C, D):
+    if fused("s4d_step", real, h, x, dt, A, B, C, D):
         return autograd.s4d_step(x, dt, A, B, C, D, h)
     z, B = discretise(dt, A, B, dtype)
     after, y = reference.advance(x, z.exp().to(dtype), B, C, D, h)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import enter
 from ssmscan.ops.selective_scan import autograd, plain, reference
 from ssmscan.ops.selective_scan.autograd import Inputs, Options
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -92,31 +92,38 @@ def selective_scan(
 
 
 def selective_scan_step(
-    x: Float[Tensor, "b d"],
-    dt: Float[Tensor, "b d"],
+    x: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
+    dt: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
     A: Float[Tensor, "d n"],
-    B: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
-    C: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
+    B: Float[Tensor, "b n"] | Float[Tensor, "b g n"] | Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b n"] | Float[Tensor, "b g n"] | Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
     D: Float[Tensor, " d"] | None = None,
-    z: Float[Tensor, "b d"] | None = None,
+    z: Float[Tensor, "b d"] | Float[Tensor, "b l d"] | None = None,
     *,
     dt_bias: Float[Tensor, " d"] | None = None,
     dt_softplus: bool = False,
-    h: Float[Tensor, "b d n"],
-) -> Float[Tensor, "b d"]:
-    """Advance :func:`selective_scan` by one token, updating the state in place.
+    h: Float[Tensor, "rows d n"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
+    """Advance :func:`selective_scan` by one token or several, updating the state in place.
 
     .. math:: h \\leftarrow e^{\\delta A} h + \\delta B x, \\qquad y = (C \\cdot h + D x) \\, \\mathrm{silu}(z)
 
     Args:
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus: as in :func:`selective_scan`, without the length.
-        h: the state, (b, d, n), float32 or float64. Overwritten with the next state.
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus: as in :func:`selective_scan`, without the length for one token:
+            x, dt and z are (b, d) then, B and C (b, n) or (b, g, n). With it, l tokens have the results of l steps, to
+            the last bit.
+        h: the state, (b, d, n), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, d), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`selective_scan`.
+        TypeError, ValueError: as :func:`selective_scan`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -126,12 +133,12 @@ def selective_scan_step(
         >>> y.tolist(), h.tolist()
         ([[4.0]], [[[2.0, 2.0]]])
     """
-    B, C = _check("selective_scan_step", "b", x, dt, A, B, C, D, z, dt_bias, h)
-    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
-    check_state("selective_scan_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
-    if fused("selective_scan_step", h, x, dt, A, B, C, D, z, dt_bias):
-        return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus))
-    return reference.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus)
+    leading = leading_axes("selective_scan_step", x, "d")
+    B, C = _check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
+    check_state("selective_scan_step", h, "d, n", x.shape[0], A.shape, state_indices)
+    if fused("selective_scan_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
+        return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus))
+    return reference.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, dt_softplus)
 
 
 def _check(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssmscan.ops.decoding import advance
 from ssmscan.shapes import state_dtype
 
 
@@ -46,11 +47,14 @@ def selective_scan_step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     h: Tensor,
+    state_indices: Tensor | None,
     softplus: bool,
 ) -> Tensor:
-    y, after = _token(x, dt, A, B, C, D, z, dt_bias, h, softplus)
-    h.copy_(after)
-    return y
+    def token(x, dt, B, C, z, h):
+        return _token(x, dt, A, B, C, D, z, dt_bias, h, softplus)
+
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h)
+    return advance(token, (x, dt, B, C, z), h, state_indices, x.dim() == 3, dtype)
 
 
 def _token(

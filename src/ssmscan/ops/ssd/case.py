@@ -117,6 +117,7 @@ CASE = OpCase(
     ),
     # The states between chunks, of the forward and of the adjoint, and copies of neither.
     peak_memory=6.0,
+    host=Benchmark("host", {"b": 1, "l": 128, "h": 8, "p": 64, "g": 1, "n": 64}, LAYER),
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 4096, "h": 64, "p": 64, "g": 1, "n": 128}, LAYER),
         Benchmark("long", {"b": 1, "l": 16384, "h": 64, "p": 64, "g": 1, "n": 128}, LAYER),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd import autograd, plain, reference
 from ssmscan.ops.ssd.autograd import Inputs, Options
-from ssmscan.shapes import check_flags, check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -99,34 +99,41 @@ def ssd(
 
 
 def ssd_step(
-    x: Float[Tensor, "b h p"],
-    dt: Float[Tensor, "b h"],
+    x: Float[Tensor, "b h p"] | Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b h"] | Float[Tensor, "b l h"],
     A: Float[Tensor, " h"],
-    B: Float[Tensor, "b g n"],
-    C: Float[Tensor, "b g n"],
+    B: Float[Tensor, "b g n"] | Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b g n"] | Float[Tensor, "b l g n"],
     D: Float[Tensor, "h ..."] | None = None,
-    z: Float[Tensor, "b h p"] | None = None,
+    z: Float[Tensor, "b h p"] | Float[Tensor, "b l h p"] | None = None,
     *,
     dt_bias: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, inf),
-    h: Float[Tensor, "b h p n"],
-) -> Float[Tensor, "b h p"]:
-    """Advance :func:`ssd` by one token, updating the state in place.
+    h: Float[Tensor, "rows h p n"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b h p"] | Float[Tensor, "b l h p"]:
+    """Advance :func:`ssd` by one token or several, updating the state in place.
 
     .. math::
         h \\leftarrow e^{\\Delta A} h + \\Delta\\, x \\otimes B, \\qquad
         y = (h C + D \\odot x) \\odot \\mathrm{silu}(z)
 
     Args:
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit: as in :func:`ssd`, without the length.
-        h: the state, (b, h, p, n), float32 or float64. Overwritten with the next state.
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit: as in :func:`ssd`, without the length for one token: x
+            and z are (b, h, p) then, dt (b, h), B and C (b, g, n). With it, l tokens have the results of l steps, to
+            the last bit.
+        h: the state, (b, h, p, n), of any floating dtype. Overwritten with the next state, rounded once a token; the
+            arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, h, p), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`ssd`.
+        TypeError, ValueError: as :func:`ssd`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -136,13 +143,13 @@ def ssd_step(
         >>> ssd_step(x, dt, A, B, B, h=h).tolist(), h.tolist()
         ([[[4.0]]], [[[[2.0, 2.0]]]])
     """
-    check("ssd_step", "b, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
-    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
-    check_state("ssd_step", "h", h, "b, h, p, n", (*x.shape, B.shape[2]), dtype)
+    leading = leading_axes("ssd_step", x, "h, p")
+    check("ssd_step", leading, x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
+    check_state("ssd_step", h, "h, p, n", x.shape[0], (*x.shape[-2:], B.shape[-1]), state_indices)
     low, high = map(float, dt_limit)
-    if fused("ssd_step", h, x, dt, A, B, C, D, z, dt_bias):
-        return autograd.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, bool(dt_softplus), low, high)
-    return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, dt_softplus, low, high)
+    if fused("ssd_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
+        return autograd.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus), low, high)
+    return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, dt_softplus, low, high)
 
 
 def check(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops.decoding import advance
 from ssmscan.shapes import state_dtype
 
 
@@ -30,13 +31,13 @@ def ssd(
     states = [h] if sequence is None else list(h.split(1))
     owner = [0] * l if sequence is None else sequence.tolist()
     ys: list[Tensor] = [x] * l
-    xs, dts, Bs, Cs = (v.to(dtype).unbind(1) for v in (x, dt, B, C))
-    zs = None if z is None else z.to(dtype).unbind(1)
+    xs, dts, Bs, Cs = (v.unbind(1) for v in (x, dt, B, C))
+    zs = None if z is None else z.unbind(1)
     for t in reversed(range(l)) if reverse else range(l):
         z_t = None if zs is None else zs[t]
-        y, h = _advance(xs[t], dts[t], Bs[t], Cs[t], z_t, A, D, dt_bias, states[owner[t]], softplus, low, high)
-        states[owner[t]] = h
-        ys[t] = y.to(x.dtype)
+        ys[t], states[owner[t]] = _token(
+            xs[t], dts[t], A, Bs[t], Cs[t], D, z_t, dt_bias, states[owner[t]], softplus, low, high
+        )
     y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
     return y, torch.cat(states) if states else h
 
@@ -51,41 +52,46 @@ def ssd_step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     h: Tensor,
+    state_indices: Tensor | None,
     softplus: bool,
     low: float,
     high: float,
 ) -> Tensor:
-    x_, dt, B, C = (v.to(h.dtype) for v in (x, dt, B, C))
-    z = None if z is None else z.to(h.dtype)
-    y, after = _advance(x_, dt, B, C, z, A, D, dt_bias, h, softplus, low, high)
-    h.copy_(after)
-    return y.to(x.dtype)
+    def token(x, dt, B, C, z, h):
+        return _token(x, dt, A, B, C, D, z, dt_bias, h, softplus, low, high)
+
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h)
+    return advance(token, (x, dt, B, C, z), h, state_indices, x.dim() == 4, dtype)
 
 
-def _advance(
+def _token(
     x: Tensor,
     dt: Tensor,
+    A: Tensor,
     B: Tensor,
     C: Tensor,
-    z: Tensor | None,
-    A: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     dt_bias: Tensor | None,
     h: Tensor,
     softplus: bool,
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    """One token: x, z (b, h, p), dt (b, h), B, C (b, g, n), the state h (b, h, p, n)."""
+    """y and the state after one token; x, z (b, h, p), dt (b, h), B, C (b, g, n), the state h (b, h, p, n)."""
+    dtype = h.dtype
+    u, delta = x.to(dtype), dt.to(dtype)
     if dt_bias is not None:
-        dt = dt + dt_bias.to(h.dtype)
+        delta = delta + dt_bias.to(dtype)
     if softplus:
-        dt = F.softplus(dt)
-    dt = dt.clamp(low, high)
-    B, C = (v.repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))
-    decay = (dt * A.to(h.dtype)).exp()
-    h = decay[..., None, None] * h + (dt[..., None] * x)[..., None] * B[:, :, None]
+        delta = F.softplus(delta)
+    delta = delta.clamp(low, high)
+    B, C = (v.to(dtype).repeat_interleave(x.shape[1] // v.shape[1], 1) for v in (B, C))
+    decay = (delta * A.to(dtype)).exp()
+    h = decay[..., None, None] * h + (delta[..., None] * u)[..., None] * B[:, :, None]
     y = (h * C[:, :, None]).sum(-1)
     if D is not None:
-        y = y + D.to(h.dtype).view(x.shape[1], -1) * x
-    return y if z is None else y * F.silu(z), h
+        y = y + D.to(dtype).view(x.shape[1], -1) * u
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(x.dtype), h
