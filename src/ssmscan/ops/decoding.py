@@ -36,12 +36,13 @@ def check_state(
     With ``state_indices`` it has any number of them, and the indices are rows of it, or -1. On a GPU their values are
     not read here, for that would stall the stream: what is no row of ``h`` is as -1 then.
     """
+    for name, tensor in (("h", h), ("state_indices", state_indices)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name == "h"):
+            got = type(tensor).__name__
+            raise TypeError(error(function, f"{name} must be a torch.Tensor", got, "Use torch.tensor."))
     if state_indices is None:
         check_shape(function, "h", h, f"b, {axes}", (b, *shape), "x")
         return
-    if not isinstance(state_indices, Tensor):
-        got = type(state_indices).__name__
-        raise TypeError(error(function, "state_indices must be a torch.Tensor", got, "Use torch.tensor."))
     if state_indices.dtype not in INDEX:
         raise TypeError(error(function, "state_indices must be int32 or int64", state_indices.dtype, "Convert it."))
     check_shape(function, "state_indices", state_indices, "b", (b,), "x")
@@ -106,7 +107,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """y of one or several tokens, and the state after them, in the dtype of the one before."""
     if not several:
-        y, after = token(*inputs, state.to(dtype))
+        # PyTorch computes in vectors what lies in a row, and rounds differently there.
+        y, after = token(*(t if t is None else t.contiguous() for t in inputs), state.to(dtype).contiguous())
         return y, after.to(state.dtype)
     ys = []
     for columns in zip(*(repeat(None) if t is None else t.unbind(1) for t in inputs), strict=False):
