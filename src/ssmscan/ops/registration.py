@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ssmscan.backend import INTERPRET
 from ssmscan.shapes import error
 
 LIBRARY = torch.library.Library("ssmscan", "FRAGMENT")
@@ -248,7 +249,12 @@ def loader(package: str) -> Callable[[str, str], Callable[..., Any]]:
 
     @cache
     def load(backend: str, name: str) -> Callable[..., Any]:
-        return getattr(import_module(f"{package}.{MODULES[backend, name]}"), name)
+        function = getattr(import_module(f"{package}.{MODULES[backend, name]}"), name)
+        if backend != "triton" or name == "step" or INTERPRET:
+            return function
+        from ssmscan.ops._triton.record import Recorded
+
+        return Recorded(function)
 
     return load
 

@@ -37,6 +37,24 @@ def rows(part: slice | None, *tensors: Tensor | None) -> list[Any]:
     return list(tensors) if part is None else [t if t is None else t[part] for t in tensors]
 
 
+@kernel(do_not_specialize=["size"])
+def add_into(total, part, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(total + i, mask=i < size, other=0.0).to(tl.float32)
+    b = tl.load(part + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(total + i, (a + b).to(total.dtype.element_ty), mask=i < size)
+
+
+def add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Add to a contiguous ``total`` a ``part`` in the same layout, in one launch."""
+    if total is None or part is None:
+        return part if total is None else total
+    size = total.numel()
+    if size > 0:
+        add_into.launch((-(-size // TILE), 1, 1), (total, part), (size,), (TILE,), 4)
+    return total
+
+
 @triton.jit
 def _store(out, column, inside, total, first, length, K: tl.constexpr):
     """Of the columns from ``first`` on, a matrix (K, length / K), the transpose goes to ``out``."""

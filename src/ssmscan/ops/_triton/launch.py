@@ -5,11 +5,20 @@ compiled kernel under all that its specialisation can depend on and launches it 
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from ssmscan.ops._triton.record import recorder
+
+
+@lru_cache(maxsize=1 << 14)
+def specialised(integers: tuple[int, ...]) -> tuple[int, ...]:
+    """What Triton specialises integers on: whether each is 1, divisible by 16, or over 32 bits."""
+    return tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (not -(1 << 31) <= v < 1 << 31) for v in integers])
 
 
 class Kernel:
@@ -37,23 +46,17 @@ class Kernel:
             self.function[grid](*tensors, *integers, *constants, num_warps=warps)
             return
         index = device.index
-        if index != torch.cuda.current_device():
+        if index != torch._C._cuda_getDevice():
             with torch.cuda.device(index):
                 self.launch(grid, tensors, integers, constants, warps, registers)
             return
-        # Triton specialises on the alignment of pointers, and on integers that are 1, divisible by 16, or over 32 bits.
+        # Triton specialises on the alignment of pointers.
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        key = (
-            index,
-            tuple([p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)]),  # noqa: B905
-            tuple([(v == 1) + 2 * (v % 16 == 0) + 4 * (not -(1 << 31) <= v < 1 << 31) for v in integers]),
-            constants,
-            warps,
-            registers,
-        )
+        kinds = [p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)]  # noqa: B905
+        key = (index, tuple(kinds), specialised(integers), constants, warps, registers)
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.function[grid](
+            compiled = self.compiled[key] = self.function[grid](
                 *tensors, *integers, *constants, num_warps=warps, maxnreg=registers
             )
         else:
@@ -62,6 +65,9 @@ class Kernel:
                 *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *pointers, *integers, *constants,
             )  # fmt: skip
+        watch = recorder()
+        if watch is not None:
+            watch.launched(compiled, grid, tensors, (*integers, *constants))
 
 
 def kernel(do_not_specialize: list[str]) -> Callable[[Callable], Kernel]:

@@ -3,10 +3,12 @@
 Both lie in memory by batch row, group and tile of four steps; see :func:`~.lanes.sum_channels` for the gradients.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
-from ssmscan.ops._triton.launch import kernel
+from ssmscan.ops._triton.launch import kernel, padded
+from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.selective_scan.configs import BackwardConfig
 
 # Elements that a program takes at a time.
@@ -59,6 +61,18 @@ def separate_states(
         tl.store(dB + out, total.to(dB.dtype.element_ty), mask=inside & (eighth < 4))
     if dC is not None:
         tl.store(dC + out, total.to(dC.dtype.element_ty), mask=inside & (eighth >= 4))
+
+
+def matrices(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """B and C as the forward reads them: small, and used by every channel, they are converted but once."""
+    if B.dtype is torch.float32 and C.dtype is torch.float32:
+        return channels_last(B), channels_last(C)
+    batch, l, groups, n = B.shape
+    N = padded(n)
+    rows = B.new_empty(batch, groups, -(-l // 4) * 4, 2, N, dtype=torch.float32)
+    interleave(B, C, rows, N, False)
+    b, c = rows.unbind(3)
+    return b[:, :, :l, :n].transpose(1, 2), c[:, :, :l, :n].transpose(1, 2)
 
 
 def interleave(B: Tensor, C: Tensor, rows: Tensor, N: int, reverse: bool) -> None:

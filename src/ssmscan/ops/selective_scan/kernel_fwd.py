@@ -18,7 +18,8 @@ from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.ops.selective_scan.configs import FORWARD, forward_tile
-from ssmscan.ops.selective_scan.plan import batch_time_group, cover, matrix, runs_of
+from ssmscan.ops.selective_scan.interleave import matrices
+from ssmscan.ops.selective_scan.plan import batch_time_group, cover, runs_of
 from ssmscan.ops.selective_scan.tile import (
     in_run,
     load_rows,
@@ -269,7 +270,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     if batch * d == 0:
         return y, hn, saved
     x, dt, z = channels_last(x), channels_last(dt), channels_last(z)
-    B, C = matrix(B), matrix(C)
+    B, C = matrices(B, C)
     D, dt_bias, h0 = (t if t is None else t.contiguous() for t in (D, dt_bias, h0))
     runs = runs_of(sequence, reverse)
     plan = cover(batch, l, d, groups, FORWARD, 8)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ssmscan.ops._triton.cover import Cover
-from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.selective_scan.configs import BackwardConfig, Config
 
@@ -20,11 +19,6 @@ def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConf
     if wanted < 3:
         wanted = 1
     return Cover.of(blocks, l, wanted, multiple)
-
-
-def matrix(tensor: Tensor) -> Tensor:
-    """B or C as the kernels read it: small, and used by every channel, it is converted but once."""
-    return channels_last(tensor.to(torch.float32))
 
 
 def batch_time_group(*tensors: Tensor) -> tuple[int, ...]:

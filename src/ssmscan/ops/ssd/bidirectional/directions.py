@@ -1,5 +1,7 @@
 """The scans of the two directions, which may share arguments."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ssmscan.ops.ssd.autograd import Inputs as Scan
@@ -28,6 +30,11 @@ def total(gradient: Tensor | None, back: Tensor | None) -> Tensor | None:
     return gradient if back is None else back if gradient is None else gradient + back
 
 
-def shared(gradient: Tensor | None, back: Tensor | None, own: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def shared(
+    gradient: Tensor | None,
+    back: Tensor | None,
+    own: Tensor | None,
+    add: Callable[[Tensor | None, Tensor | None], Tensor | None] = total,
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of an argument of the scan from the left, and of the other scan's ``own``, if it has one."""
-    return (total(gradient, back), None) if own is None else (gradient, back)
+    return (add(gradient, back), None) if own is None else (gradient, back)

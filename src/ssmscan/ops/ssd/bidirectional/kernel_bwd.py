@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ssmscan.ops._triton.gradients import add
 from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
-from ssmscan.ops.ssd.bidirectional.directions import directions, shared, total
+from ssmscan.ops.ssd.bidirectional.directions import directions, shared
 from ssmscan.ops.ssd.bidirectional.kernel_fwd import both_ways
 from ssmscan.ops.ssd.configs import tiles_for
 from ssmscan.ops.ssd.kernel_bwd import gate, joint, scan_gradients
@@ -29,14 +30,14 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
         (ddt, ddt_rev), (dA, dB, dC, dD, dbias) = scan_gradients(
             forth, [(forth.dt, False), (back.dt, True)], *common, dx
         )
-        ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
+        ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev, add)
         return [dx, ddt, dA, dB, dC, dD, dz, ddt_rev, None, None, dbias]
     added = dx if dx.dtype is dtype else x.new_empty(x.shape, dtype=dtype)
     (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(forth, [(forth.dt, False)], *common, added, shift=shift)
     (ddt_rev,), (dA_rev, dB_rev, dC_rev, _, dbias_rev) = scan_gradients(
         back, [(back.dt, True)], *common, dx, shift=shift, added=added
     )
-    ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev)
-    dB, dB_rev = shared(dB, dB_rev, B_rev)
-    dC, dC_rev = shared(dC, dC_rev, C_rev)
-    return [dx, ddt, total(dA, dA_rev), dB, dC, dD, dz, ddt_rev, dB_rev, dC_rev, total(dbias, dbias_rev)]
+    ddt, ddt_rev = shared(ddt, ddt_rev, dt_rev, add)
+    dB, dB_rev = shared(dB, dB_rev, B_rev, add)
+    dC, dC_rev = shared(dC, dC_rev, C_rev, add)
+    return [dx, ddt, add(dA, dA_rev), dB, dC, dD, dz, ddt_rev, dB_rev, dC_rev, add(dbias, dbias_rev)]
