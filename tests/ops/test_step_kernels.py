@@ -355,20 +355,26 @@ class _Recorder(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("form", [(torch.float32, None, None), FORMS[0]], ids=str)
 @FIRST
-def test_compiled(case, form, place, launches):
-    """In one graph, as in eager mode; a kernel by its registered operator."""
-    given, _, pool, keywords = _form(case, case.options[0], form, place)
-    if form[2] is None:
-        given = _each(case, given, lambda tensor: tensor[:, 0])
-    before, recorded = pool.clone(), pool.clone()
+def test_registered_operator(case, device):
+    given, _, pool, keywords = _form(case, case.options[0], FORMS[0], device)
+    recorded = pool.clone()
     y = case.step(**given, **keywords, h=pool)
     with _Recorder() as recorder:
         assert same_bits(case.step(**given, **keywords, h=recorded), y)
-    assert len(recorder.calls) == len(launches) // 2
-    for operator, arguments in recorder.calls:
-        torch.library.opcheck(operator, tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in arguments))
+    assert same_bits(recorded, pool)
+    ((operator, arguments),) = recorder.calls
+    torch.library.opcheck(operator, tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in arguments))
+
+
+@pytest.mark.parametrize(
+    "case", [case if case is LINEAR_SCAN else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
+)
+def test_compiled(case, place):
+    """In one graph, as in eager mode."""
+    given, _, pool, keywords = _form(case, case.options[0], FORMS[0], place)
+    before = pool.clone()
+    y = case.step(**given, **keywords, h=pool)
     torch.compiler.reset()
     compiled = torch.compile(case.step, fullgraph=True, dynamic=True, backend="aot_eager")
     assert same_bits(compiled(**given, **keywords, h=before), y)
@@ -376,35 +382,29 @@ def test_compiled(case, form, place, launches):
 
 
 @FIRST
-def test_derivatives_of_a_pool(case):
-    """Only of the batch rows that are not skipped; the other states pass through."""
+def test_derivatives(case):
+    """Of a pool: those of steps with the states that are not skipped; the other states pass through."""
     option = case.options[0]
-    given, _, pool, keywords = _form(case, option, (torch.float32, torch.int64, 2), "cpu")
-    leaves = {name: tensor.double().nan_to_num().requires_grad_() for name, tensor in given.items()}
-    leaves["h"] = pool.double().nan_to_num().requires_grad_()
-    weights = [torch.randn_like(leaves["x"]), torch.randn_like(leaves["h"])]
+    given, _, pool, _ = _form(case, option, (torch.float32, torch.int64, 2), "cpu")
+    leaves = {name: _wide(tensor).nan_to_num().requires_grad_() for name, tensor in (given | {"h": pool}).items()}
+    weights = torch.randn_like(leaves["x"]), torch.randn_like(leaves["h"])
 
-    def gradients(indices):
-        """Of batch rows and their states alone, which are then put back."""
-        h = leaves["h"].clone()
-        if indices is None:
-            own = h[[3, 0]]
-            y = case.step(
-                **_each(case, {n: t for n, t in leaves.items() if n != "h"}, lambda t: t[[0, 2]]),
-                **option.keywords,
-                h=own,
-            )
-            y = torch.stack([y[0], torch.zeros_like(y[0]), y[1]])
-            h = torch.stack([own[1], h[1], h[2], own[0], h[4]])
-        else:
-            y = case.step(**leaves | {"h": h}, **option.keywords, state_indices=indices)
-        total = sum((value * weight).sum() for value, weight in zip((y, h), weights, strict=True))
-        return torch.autograd.grad(total, leaves.values())
+    def gradients(run):
+        results = run(leaves["h"].clone(), {name: leaf for name, leaf in leaves.items() if name != "h"})
+        total = sum((result * weight).sum().real for result, weight in zip(results, weights, strict=True))
+        return torch.autograd.grad(total, leaves.values(), materialize_grads=True)
 
-    for gradient, expected in zip(gradients(keywords["state_indices"]), gradients(None), strict=True):
+    def pooled(h, tensors, indices=(3, -1, 0)):
+        return case.step(**tensors, **option.keywords, h=h, state_indices=torch.tensor(indices)), h
+
+    def alone(h, tensors):
+        own = h[[3, 0]]
+        y = case.step(**_each(case, tensors, lambda tensor: tensor[[0, 2]]), **option.keywords, h=own)
+        return torch.stack([y[0], torch.zeros_like(y[0]), y[1]]), torch.stack([own[1], h[1], h[2], own[0], h[4]])
+
+    for gradient, expected in zip(gradients(pooled), gradients(alone), strict=True):
         torch.testing.assert_close(gradient, expected)
-    nothing = torch.full((3,), -1)
-    *rest, last = gradients(nothing)
+    *rest, last = gradients(lambda h, tensors: pooled(h, tensors, (-1, -1, -1)))
     assert not any(gradient.any() for gradient in rest)
     assert torch.equal(last, weights[1])
 
@@ -464,7 +464,7 @@ def test_refused_states(case):
 @FIRST
 def test_cuda_graph_of_a_pool(case):
     """A replay reads the indices anew."""
-    given, h, pool, keywords = _form(case, case.options[0], FORMS[0], "cuda")
+    given, _, pool, keywords = _form(case, case.options[0], FORMS[0], "cuda")
     indices, before = keywords["state_indices"], pool.clone()
     case.step(**given, **keywords, h=pool)
     torch.cuda.synchronize()
@@ -489,30 +489,36 @@ def _far_apart(name, device):
     step = 2**30 + 2**16
     buffer = torch.empty(2 * step + 2**16, device=device)
     for option in [option for other, option in OPTIONS if other is case][:2]:
-        given, h = _token(case, option, dict.fromkeys("bdhpngwrc", 3), torch.float32, device)
-        y, expected_h = None, h.clone()
-        expected = case.step(**given, **option.keywords, h=expected_h)
-        for axis in range(h.dim()):
-            used = 0
+        tokens, h = _tokens(case, option, dict.fromkeys("bldhpngwrc", 3), torch.float32, device)
+        for given in (tokens, _each(case, tokens, lambda tensor: tensor[:, 0])):
+            expected_h = h.clone()
+            expected = case.step(**given, **option.keywords, h=expected_h)
+            for axis in range(max(tensor.dim() for tensor in (*given.values(), h))):
+                used = 0
 
-            def spread(tensor, axis=axis):
-                nonlocal used
-                place = torch.view_as_complex(buffer.view(-1, 2)) if tensor.is_complex() else buffer
-                along = min(axis, tensor.dim() - 1)
-                strides = [3**i for i in reversed(range(tensor.dim()))]
-                strides[along] = step // (1 + tensor.is_complex())
-                view = place.as_strided(tensor.shape, strides, used)
-                used += 128
-                return view.copy_(tensor)
+                def spread(tensor, axis=axis):
+                    nonlocal used
+                    place = torch.view_as_complex(buffer.view(-1, 2)) if tensor.is_complex() else buffer
+                    along = min(axis, tensor.dim() - 1)
+                    strides = [3**i for i in reversed(range(tensor.dim()))]
+                    strides[along] = step // (1 + tensor.is_complex())
+                    view = place.as_strided(tensor.shape, strides, used)
+                    used += 128
+                    return view.copy_(tensor)
 
-            far = spread(h)
-            y = case.step(**{name: spread(tensor) for name, tensor in given.items()}, **option.keywords, h=far)
-            torch.testing.assert_close(y, expected)
-            torch.testing.assert_close(far.clone(), expected_h)
+                far = spread(h)
+                y = case.step(**{name: spread(tensor) for name, tensor in given.items()}, **option.keywords, h=far)
+                torch.testing.assert_close(y, expected)
+                torch.testing.assert_close(far.clone(), expected_h)
+
+
+@pytest.fixture(scope="module")
+def process():
+    """Which a wrong address would end."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @FIRST
-def test_more_than_int32_elements(case, device):
-    """In a process of its own, which a wrong address would end."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(_far_apart, case.name, device).result(timeout=300)
+def test_more_than_int32_elements(case, device, process):
+    process.submit(_far_apart, case.name, device).result(timeout=300)

@@ -81,8 +81,10 @@ def advance(
     ``inputs`` are what ``token`` reads of each token, x first: (b, l, ...) of ``several`` tokens, (b, ...) of one.
     """
     if state_indices is None:
-        y, state = _run(token, inputs, h, several, dtype)
-        h.copy_(state)
+        # A derivative may need the state before.
+        before = h.clone() if torch.is_grad_enabled() else h
+        y, after = _run(token, inputs, before, several, dtype)
+        h.copy_(after)
         return y
     x = inputs[0]
     assert x is not None
