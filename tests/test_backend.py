@@ -10,10 +10,11 @@ from ssmscan import backend
 def machine(monkeypatch):
     """Sets what is installed, and whether kernels are interpreted."""
 
-    def install(triton=True, numba=True, interpret=False):
+    def install(triton=True, numba=True, interpret=False, rocm=False):
         monkeypatch.setattr(backend, "TRITON", triton)
         monkeypatch.setattr(backend, "NUMBA", numba)
         monkeypatch.setattr(backend, "INTERPRET", interpret)
+        monkeypatch.setattr(backend, "ROCM", rocm)
 
     return install
 
@@ -25,6 +26,8 @@ def machine(monkeypatch):
         ("cuda", torch.bfloat16, {"numba": False}, "triton"),
         ("cuda", torch.float64, {}, "torch"),
         ("cuda", torch.float32, {"triton": False}, "torch"),
+        ("cuda", torch.bfloat16, {"rocm": True}, "torch"),
+        ("cpu", torch.float32, {"rocm": True}, "cpu"),
         ("cpu", torch.float32, {}, "cpu"),
         ("cpu", torch.float64, {}, "cpu"),
         ("cpu", torch.float16, {"numba": False}, "torch"),
@@ -52,6 +55,7 @@ def test_a_named_backend_runs(machine, name):
         ("triton", "cuda", torch.float32, {"triton": False}, "needs the package triton, got none installed"),
         ("triton", "cpu", torch.float32, {}, "needs a CUDA tensor, got cpu"),
         ("triton", "cuda", torch.float64, {}, "needs float32, bfloat16 or float16, got torch.float64"),
+        ("triton", "cuda", torch.float32, {"rocm": True}, "needs an NVIDIA GPU, got a ROCm device"),
         ("cpu", "cpu", torch.float32, {"numba": False}, "needs the package numba, got none installed"),
         ("cpu", "cuda", torch.float32, {}, "needs a CPU tensor, got cuda"),
     ],

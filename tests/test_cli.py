@@ -1,5 +1,7 @@
 """The command: exit statuses, one line on stderr, nothing written by what is refused."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -10,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+import ssmscan_main
 from ssmscan import cli
-from ssmscan.training import checkpoint
+from ssmscan.training import checkpoint, loop, report
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = """
@@ -65,6 +70,137 @@ def test_resumes(here, capsys, monkeypatch):
     assert not Path("run").exists()
 
 
+def test_an_ascii_output_costs_no_run(here, monkeypatch):
+    """Neither the example at the end nor the name of the folder."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "läufe"]) == 0
+    assert cli.main(["info"]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert Path("läufe/metrics.json").is_file()
+    out = written.getvalue().decode("ascii")
+    assert "model     " in out
+    assert out.count("are in l\\xe4ufe\n") == 1
+
+
+def test_what_prints_at_the_end_costs_no_run(here, capsys, monkeypatch):
+    """A library's user may have an output that the command has not made safe."""
+
+    class Unwilling(io.StringIO):
+        def write(self, text):
+            if "answer" in text:
+                raise UnicodeEncodeError("ascii", text, 0, 1, "ordinal not in range(128)")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Unwilling())
+    with pytest.raises(UnicodeEncodeError):
+        cli.main(["train", "--config", "tiny.yaml", "--out", "run"])
+    assert json.loads(Path("run/metrics.json").read_text())["steps"] == 4
+
+
+@pytest.fixture
+def closed_pipe():
+    """An output whose reader is gone, as after ``| head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        yield stream
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
+def test_a_closed_pipe_ends_a_run_that_can_be_resumed(here, capsys, monkeypatch, closed_pipe):
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run"]) == 141
+    assert capsys.readouterr().err == (
+        "train: the reader of the output is gone. Continue with ssmscan train --resume run.\n"
+    )
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["train", "--resume", "run"]) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
+def test_a_closed_pipe_ends_what_only_prints_without_a_word(here, capsys, monkeypatch, closed_pipe):
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    assert cli.main(["info"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is another error there")
+def test_a_closed_error_pipe_as_well(here, monkeypatch, closed_pipe):
+    monkeypatch.setattr(sys, "stdout", closed_pipe)
+    monkeypatch.setattr(sys, "stderr", closed_pipe)
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run"]) == 141
+
+
+def _on_a_full_disk(function):
+    """``function``, during which no file can grow: what the system does then, but for the error's number."""
+    resource = pytest.importorskip("resource")
+
+    def limited(*arguments, **keywords):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            return function(*arguments, **keywords)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    ("module", "writer", "file"),
+    [
+        (report, "append_line", "log.jsonl"),
+        (checkpoint, "save_model", "checkpoints/unfinished_00000002/model.safetensors"),
+        (torch, "save", "checkpoints/unfinished_00000002/training.pt"),
+        (checkpoint, "_write_manifest", "checkpoints/unfinished_00000002/manifest.json"),
+        (loop, "save_model", "model.safetensors"),
+        (loop, "plot", "curves.png"),
+        (loop, "replace_text", "metrics.json"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_how_to_go_on(here, capsys, monkeypatch, module, writer, file):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, writer, _on_a_full_disk(getattr(module, writer)))
+        assert cli.main(["train", "--config", "tiny.yaml", "--out", "run"]) == 1
+    assert capsys.readouterr().err == (
+        f"train: run/{file} must be readable and writable, got File too large. "
+        "Continue with ssmscan train --resume run.\n"
+    )
+    assert cli.main(["train", "--resume", "run"]) == 0
+
+
+def test_a_full_disk_under_tensorboard(here, capsys, monkeypatch):
+    """It writes in a thread of its own, which prints its traceback unless told not to."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run"]) == 1
+    assert capsys.readouterr().err == (
+        "train: run/tensorboard must be readable and writable, got No space left on device. "
+        "Continue with ssmscan train --resume run.\n"
+    )
+
+
+def test_one_run_in_a_folder(here, capsys):
+    """Neither a new run nor the same one resumed enters a folder in which a run is going on."""
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run"]) == 0
+    Path("run/metrics.json").unlink()
+    before = sorted(Path("run").rglob("*"))
+    capsys.readouterr()
+    with FileLock("run/.lock"):
+        for arguments in ("--resume run", "--config tiny.yaml --out run --overwrite true"):
+            assert cli.main(["train", *arguments.split()]) == 2
+            assert capsys.readouterr().err == (
+                "train: out must be a folder of its own, got run, where a run is going on. Wait for it.\n"
+            )
+    assert sorted(Path("run").rglob("*")) == before
+    assert cli.main(["train", "--resume", "run"]) == 0
+
+
 @pytest.mark.filterwarnings("default")
 def test_warns_of_a_broken_checkpoint_on_one_line(here, capsys):
     cli.main(["train", "--config", "tiny.yaml", "--out", "run"])
@@ -95,12 +231,23 @@ def test_a_failed_run(here, capsys):
         ("train --steps 1.5", "steps must be int, got 1.5"),
         ("train --task.name sorting", "task.name must be one of 'copying', 'selective_copying', got sorting"),
         ("train --task.length 4", "selective_copying: data_tokens must be 1 to length = 4, got 8"),
-        ("train --config absent.yaml", "absent.yaml"),
+        ("train --config absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
+        ("train --config=absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
+        ("train --config .", "train: --config must name a YAML file, got .: Is a directory."),
+        (
+            "train --config empty.yaml",
+            "train: --config must hold options, as in steps: 100, got nothing in empty.yaml.",
+        ),
+        ("train --config list.yaml", "train: --config must hold options, as in steps: 100, got [3] in list.yaml."),
+        ("train --config latin1.yaml", "train: --config must be UTF-8, got latin1.yaml."),
         ("train --config wrong_key.yaml", "does not accept option 'stepz'"),
         ("train --config wrong_value.yaml", "steps must be int, got many"),
-        ("train --config wrong_yaml.yaml", "parsing"),
+        ("train --config wrong_yaml.yaml", "train: --config must be YAML, got wrong_yaml.yaml: while parsing"),
         ("train --resume absent", "train: --resume must name a run's folder, got absent"),
-        ("train --resume absent --steps 3", "train: --resume must be the only option"),
+        ("train --resume absent --steps 3", "train: --resume must be the only option, got --steps."),
+        ("train --resume absent --steps 2000", "train: --resume must be the only option, got --steps."),
+        ("train --optim.lr 2e-3 --resume=absent", "train: --resume must be the only option, got --optim.lr."),
+        ("train --res absent", "unrecognized arguments: --res"),
         ("train --out tiny.yaml", "train: out must be a folder, got the file tiny.yaml"),
         ("train --out .", "train: out must be an empty folder or a run's"),
         ("train --out tiny.yaml/run", "train: out must be a folder that can be written, got tiny.yaml/run"),
@@ -110,6 +257,9 @@ def test_wrong_usage(here, capsys, arguments, part):
     Path("wrong_key.yaml").write_text("stepz: 3")
     Path("wrong_value.yaml").write_text("steps: many")
     Path("wrong_yaml.yaml").write_text("optim: {lr: [")
+    Path("empty.yaml").write_text("")
+    Path("list.yaml").write_text("[3]")
+    Path("latin1.yaml").write_bytes("# für\nsteps: 3".encode("latin-1"))
     before = sorted(here.rglob("*"))
     assert cli.main(arguments.split()) == 2
     err = capsys.readouterr().err
@@ -151,26 +301,53 @@ def test_without_the_extra(capsys, monkeypatch):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_valid(recipe):
-    _, values = cli._parse(["train", "--config", str(recipe)])
-    config, resume = cli._train_config(values)
+    arguments = ["train", "--config", str(recipe)]
+    _, values = cli._parse(arguments)
+    config, resume = cli._train_config(arguments, values)
     assert not resume
     assert config.out == f"runs/{recipe.stem}"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
-def test_interrupted_by_the_keyboard(here):
+def test_interrupted_by_the_keyboard(here, capsys):
     """A signal in the midst of training: exit status 130, one line, and a run that can be resumed."""
     command = [sys.executable, "-m", "ssmscan.cli", "train", "--config", "tiny.yaml", "--out", "run"]
     process = subprocess.Popen([*command, "--steps", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
     while not list(here.glob("run/checkpoints/step_*")):
-        assert time.monotonic() < deadline, "no checkpoint was written"
+        assert process.poll() is None, "it ended without a checkpoint"
         time.sleep(0.05)
+    assert cli.main(["train", "--resume", "run"]) == 2
+    assert "where a run is going on" in capsys.readouterr().err
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 130
     assert err.decode() == "train: interrupted. Continue with ssmscan train --resume run.\n"
     assert not list(here.glob("run/checkpoints/unfinished_*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
+def test_interrupted_while_importing():
+    code = """
+import os, signal, sys
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupts())
+import ssmscan_main
+sys.exit(ssmscan_main.main())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 130
+    assert result.stderr == "ssmscan: interrupted.\n"
+
+
+def test_the_entry_point_runs_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ssmscan", "tarin"])
+    assert ssmscan_main.main() == 2
+    assert "invalid choice: 'tarin'" in capsys.readouterr().err
 
 
 def test_bench_refuses_on_one_line(here, capsys):

@@ -1,40 +1,7 @@
 """State-space scans, layers, models and training for PyTorch."""
 
-from ssmscan.ops import (
-    causal_conv1d,
-    causal_conv1d_step,
-    gated_rms_norm,
-    linear_scan,
-    linear_scan_step,
-    matrix_scan,
-    matrix_scan_step,
-    rg_lru,
-    rg_lru_step,
-    s4d,
-    s4d_step,
-    selective_scan,
-    selective_scan_step,
-    ssd,
-    ssd_bidirectional,
-    ssd_step,
-)
+from ssmscan import ops
+from ssmscan.ops import *  # noqa: F403 - its names are listed there, once
 
-__all__ = [
-    "causal_conv1d",
-    "causal_conv1d_step",
-    "gated_rms_norm",
-    "linear_scan",
-    "linear_scan_step",
-    "matrix_scan",
-    "matrix_scan_step",
-    "rg_lru",
-    "rg_lru_step",
-    "s4d",
-    "s4d_step",
-    "selective_scan",
-    "selective_scan_step",
-    "ssd",
-    "ssd_bidirectional",
-    "ssd_step",
-]
+__all__ = list(ops.__all__)
 __version__ = "0.1.0"

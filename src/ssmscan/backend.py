@@ -2,12 +2,15 @@
 
 | backend | runs on | dtypes |
 |---|---|---|
-| triton | CUDA; with ``TRITON_INTERPRET=1`` the CPU too, for tests | float32, bfloat16, float16 |
+| triton | NVIDIA's GPUs; with ``TRITON_INTERPRET=1`` the CPU too, for tests | float32, bfloat16, float16 |
 | cpu | the CPU, compiled by Numba | all |
 | torch | every device | all |
 | reference | every device; a plain loop over time, for checking | all |
 
 ``backend="auto"`` takes the first of them that can run. A backend asked for by name runs or raises.
+
+Numba keeps what it compiles in the package's folders, in the user's cache or in ``NUMBA_CACHE_DIR``; where it can write
+to none of them, each process compiles anew.
 """
 
 import os
@@ -19,7 +22,7 @@ from ssmscan.shapes import error
 
 # MKL picks its code for exp at the first call. When several threads make that call at once, the result can be off by
 # 1e-4 (seen in one of six processes with PyTorch 2.13); one thread makes it here.
-torch.zeros(1).exp()
+torch.zeros(1, dtype=torch.float32, device="cpu").exp()
 
 BACKENDS = ("triton", "cpu", "torch", "reference")
 
@@ -35,6 +38,8 @@ TRITON = _installed("triton")
 NUMBA = _installed("numba")
 # Triton reads the same variable when it decorates a kernel, so it has to be set before the first call.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+# PyTorch calls AMD's GPUs "cuda" too, for which the PTX in the kernels means nothing.
+ROCM = torch.version.hip is not None
 
 
 def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
@@ -44,6 +49,8 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
             return "needs the package triton, got none installed"
         if device != "cuda" and not INTERPRET:
             return f"needs a CUDA tensor, got {device}"
+        if device == "cuda" and ROCM:
+            return "needs an NVIDIA GPU, got a ROCm device"
         if dtype is torch.float64:
             return "needs float32, bfloat16 or float16, got torch.float64"
     if backend == "cpu":
@@ -57,7 +64,7 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
 def choose(function: str, backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend that runs: the one named, or for "auto" the best that can."""
     if backend == "auto":
-        if device == "cuda" and TRITON and dtype is not torch.float64:
+        if device == "cuda" and why_not("triton", device, dtype) is None:
             return "triton"
         return "cpu" if device == "cpu" and NUMBA else "torch"
     if backend not in BACKENDS:

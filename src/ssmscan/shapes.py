@@ -15,11 +15,22 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = (torch.int32, torch.int64)
+# What tensors are without asking further.
+_USUAL = (Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 
 
 def error(function: str, rule: str, got: object, advice: str = "") -> str:
     """The library's error text: ``function: rule, got value. advice``."""
     return f"{function}: {rule}, got {got}.{' ' + advice if advice else ''}"
+
+
+def check_integer(function: str, name: str, value: object, least: int) -> None:
+    """``value`` is an integer, and neither true nor false, of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(error(function, f"{name} must be an integer", repr(value)))
+    if value < least:
+        raise ValueError(error(function, f"{name} must be at least {least}", value))
 
 
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -30,37 +41,59 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def check_tensors(function: str, tensors: Mapping[str, Tensor | None]) -> None:
-    """Each given argument is a floating tensor, on the device of the first one."""
-    device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                error(function, f"{name} must be a torch.Tensor", type(tensor).__name__, "Use torch.as_tensor.")
-            )
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                error(
-                    function,
-                    f"{name} must be float32, bfloat16, float16 or float64",
-                    tensor.dtype,
-                    f"Convert it, for example {name}.float().",
-                )
-            )
-        if device is None:
-            device, first = tensor.device, name
-        elif tensor.device != device:
-            raise ValueError(
-                error(function, f"{name} must be on the device of {first}, {device}", tensor.device, "Move it there.")
-            )
+def check_tensors(function: str, required: Mapping[str, Tensor | None], **optional: Tensor | None) -> None:
+    """Each of ``required``, and of ``optional`` what is not None, is a dense floating tensor, all on one device."""
+    first = device = None
+    for tensors in (required, optional):
+        for name, tensor in tensors.items():
+            if tensor is None:
+                if tensors is required:
+                    check_dense(function, name, tensor)
+                continue
+            if (
+                type(tensor) not in _USUAL
+                or tensor.dtype not in FLOATING
+                or tensor.layout is not _STRIDED
+                or tensor.is_nested
+            ):
+                check_dense(function, name, tensor)
+                if tensor.dtype not in FLOATING:
+                    rule = f"{name} must be float32, bfloat16, float16 or float64"
+                    raise TypeError(error(function, rule, tensor.dtype, f"Convert it, for example {name}.float()."))
+            if device is None:
+                first, device = name, tensor.device
+            elif tensor.device != device:
+                rule = f"{name} must be on the device of {first}, {device}"
+                raise ValueError(error(function, rule, tensor.device, "Move it there."))
 
 
-def check_rank(function: str, name: str, tensor: Tensor, axes: str) -> None:
+def check_dense(function: str, name: str, tensor: object) -> None:
+    """All of ``tensor`` lies in the memory of this process, at strides: it is not sparse, nested or distributed."""
+    if not isinstance(tensor, Tensor):
+        rule = f"{name} must be a torch.Tensor"
+        raise TypeError(error(function, rule, type(tensor).__name__, "Use torch.as_tensor."))
+    if tensor.is_nested:
+        got, advice = "a nested tensor", "Concatenate the sequences along the length, with cu_seqlens."
+    elif tensor.layout is not _STRIDED:
+        got, advice = str(tensor.layout), f"Use {name}.to_dense()."
+    elif hasattr(tensor, "device_mesh"):
+        got, advice = type(tensor).__name__, f"Use {name}.to_local()."
+    else:
+        return
+    raise TypeError(error(function, f"{name} must be a dense tensor", got, advice))
+
+
+def check_flags(function: str, **flags: bool) -> None:
+    """Each is True or False, and nothing that only counts as one of them."""
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(error(function, f"{name} must be True or False", repr(value)))
+
+
+def check_rank(function: str, name: str, tensor: Tensor, axes: str, advice: str = "") -> None:
     """``tensor`` has one axis per name in ``axes``, as in "b, l, d"."""
     if tensor.dim() != axes.count(",") + 1:
-        raise ValueError(error(function, f"{name} must have shape ({axes})", tuple(tensor.shape)))
+        raise ValueError(error(function, f"{name} must have shape ({axes})", tuple(tensor.shape), advice))
 
 
 def check_shape(
@@ -79,6 +112,7 @@ def check_shape(
 
 def check_state(function: str, name: str, h: Tensor, axes: str, expected: Sequence[int], dtype: torch.dtype) -> None:
     """``h`` can be updated in place: the shape ``expected``, and the dtype in which states are kept."""
+    check_dense(function, name, h)
     check_shape(function, name, h, axes, expected, "x")
     if h.dtype is not dtype:
         raise TypeError(error(function, f"{name} must be {dtype}, the dtype of states", h.dtype, "Convert it once."))

@@ -138,6 +138,8 @@ class OpCase:
     # The most memory that a forward and backward may take on a GPU, over that of the outputs and gradients.
     peak_memory: float = 1.1
     benchmarks: tuple[Benchmark, ...] = ()
+    # The tiny call whose host time is recorded; None takes the first benchmark's, small.
+    host: Benchmark | None = None
     # Least time in ms on an H200 by arithmetic, of "fwd" or "fwdbwd" at a size, where that can exceed the bytes'.
     floor_ms: Callable[[Size, str], float] | None = None
 

@@ -30,7 +30,7 @@ RECORD = {
     "triton": "3.6.0",
     "date": "2026-01-02T03:04:05+00:00",
     "copy_gbps": 4270.0,
-    "host_us": 12.34,
+    "host_us": {"fwd": 30.1, "fwdbwd": 242.3, "sdpa fwd": 31.8, "sdpa fwdbwd": 209.7},
     "rows": [
         ROW,
         {**ROW, "direction": "fwdbwd", "median_ms": 1.0},

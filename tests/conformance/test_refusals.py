@@ -1,9 +1,12 @@
 """What an operation refuses: the type of the error, its text, and arguments that stay as they were."""
 
+import inspect
 import re
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from ssmscan import backend as available
 from ssmscan.testing import Setting, assert_same_bits
@@ -14,7 +17,7 @@ LENGTHS = (3, 0, 5)
 
 
 def _refuses(function, call, error, *parts, **changes):
-    """``function`` with ``changes`` raises ``error``, whose text names it and ``parts`` and ends as a sentence."""
+    """``function`` with ``changes`` raises ``error``; its text, returned, names it and ``parts`` and is a sentence."""
     arguments = {**call.tensors, **call.keywords, **changes}
     tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.device.type != "meta"}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -27,6 +30,7 @@ def _refuses(function, call, error, *parts, **changes):
     for part in parts:
         assert part in text, f"{part!r} is not in {text!r}"
     assert_same_bits(tensors, before)
+    return text
 
 
 def _good(case, option, size, **wanted):
@@ -66,6 +70,53 @@ def test_no_tensor(case, option, size):
             _refuses(case.op, call, TypeError, f"{name} must be a torch.Tensor", type(value).__name__, **{name: value})
 
 
+@FIRST
+def test_none(case, option, size):
+    """For an argument without which there is no call; what may be left out may be None."""
+    call = _good(case, option, size)
+    defaults = {name: p.default for name, p in inspect.signature(case.op).parameters.items()}
+    for name in call.tensors:
+        if defaults[name] is not None:
+            _refuses(case.op, call, TypeError, f"{name} must be a torch.Tensor", "NoneType", **{name: None})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.grid(backends=("reference",))
+def test_tensors_that_are_not_dense(case, option, size, mesh):
+    call = _good(case, option, size)
+    for name, tensor in call.tensors.items():
+        nested = torch.nested.as_nested_tensor([tensor, tensor], layout=torch.strided)
+        shard = DTensor.from_local(tensor, mesh, run_check=False)
+        for value, got in (
+            (tensor.to_sparse(), "torch.sparse_coo. Use"),
+            (nested, "a nested tensor. Concatenate"),
+            (torch.nested.as_nested_tensor([tensor, tensor], layout=torch.jagged), "a nested tensor. Concatenate"),
+            (shard, f"DTensor. Use {name}.to_local()"),
+            (torch.nn.Parameter(shard), f"DTensor. Use {name}.to_local()"),
+        ):
+            with pytest.raises(TypeError) as caught:
+                case.op(**{**call.tensors, **call.keywords, name: value})
+            assert str(caught.value).startswith(f"{case.name}: {name} must be a dense tensor, got {got}")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@FIRST
+def test_flags(case, option, size):
+    """No value that only counts as true or false: "no" would be true."""
+    call = _good(case, option, size)
+    flags = [name for name, p in inspect.signature(case.op).parameters.items() if isinstance(p.default, bool)]
+    for name in flags:
+        for value in ("no", 1, None, torch.tensor(True)):
+            _refuses(case.op, call, TypeError, f"{name} must be True or False", **{name: value})
+
+
 @pytest.mark.grid(backends=("reference",))
 def test_device(case, option, size):
     call = _good(case, option, size)
@@ -100,10 +151,12 @@ def test_shape(case, option, size):
 def test_initial_state(case, option, size):
     call = _good(case, option, size)
     h0 = call.tensors["h0"]
-    _refuses(case.op, call, ValueError, "h0 must have shape", str(tuple(h0[1:].shape)), h0=h0[1:])
+    text = _refuses(case.op, call, ValueError, "h0 must have shape (b, ", str(tuple(h0[1:].shape)), h0=h0[1:])
+    assert "cu_seqlens" not in text
     if case.has(option, "cu_seqlens"):
         packed = _packed(case, option, size)
-        _refuses(case.op, packed, ValueError, "h0 must have shape", str((1, *h0.shape[1:])), h0=h0[:1])
+        parts = ("h0 must have shape (s, ", "and cu_seqlens", str((1, *h0.shape[1:])))
+        _refuses(case.op, packed, ValueError, *parts, h0=h0[:1])
 
 
 @PACKED
@@ -132,6 +185,9 @@ def test_bounds_of_another_kind(case, option, size):
     _refuses(case.op, call, TypeError, "cu_seqlens must be a torch.Tensor", "ndarray", cu_seqlens=bounds.numpy())
     for dtype in (torch.float32, torch.int16, torch.bool):
         _refuses(case.op, call, TypeError, "int32 or int64", str(dtype), cu_seqlens=bounds.to(dtype))
+    sparse = call.set(cu_seqlens=bounds.to_sparse())
+    with pytest.raises(TypeError, match=r"cu_seqlens must be a dense tensor, got torch.sparse_coo."):
+        sparse.run("reference")
     _refuses(case.op, call, ValueError, "(s+1,)", "(1, 4)", cu_seqlens=bounds[None])
     _refuses(case.op, call, ValueError, "(s+1,)", "()", cu_seqlens=bounds[0])
     _refuses(case.op, call, ValueError, "(s+1,)", "(0,)", cu_seqlens=bounds[:0])

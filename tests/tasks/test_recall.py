@@ -67,7 +67,7 @@ def test_rendering():
     targets = torch.tensor([IGNORE] * 5 + [0, 3, 1])
     predictions = torch.tensor([9] * 5 + [0, 3, 2])
     assert task.render(tokens, targets, predictions).splitlines() == [
-        "sequence  ADB··",
+        "sequence  ADB..",
         "answer    A D B",
         "model     A D C   2 of 3 right",
     ]
@@ -76,12 +76,15 @@ def test_rendering():
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ((0, 1, 1), "copying: symbols must be 1 to 62, got 0"),
+        ((0, 1, 1), "copying: symbols must be at least 1, got 0"),
         ((63, 1, 1), "copying: symbols must be 1 to 62, got 63"),
         ((4, 9, 8), "copying: data_tokens must be 1 to length = 8, got 9"),
-        ((4, 0, 8), "copying: data_tokens must be 1 to length = 8, got 0"),
+        ((4, 0, 8), "copying: data_tokens must be at least 1, got 0"),
+        ((1.5, 1, 1), "copying: symbols must be an integer, got 1.5"),
+        ((4, True, 8), "copying: data_tokens must be an integer, got True"),
+        ((4, 1, "8"), "copying: length must be an integer, got '8'"),
     ],
 )
 def test_refusals(arguments, part):
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(TypeError if "an integer" in part else ValueError, match=part):
         Copying(*arguments)

@@ -43,6 +43,29 @@ def test_restores_everything(tmp_path):
         assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
+def test_tied_weights(tmp_path):
+    """One tensor under two names is written once, and both have it again."""
+
+    def tied():
+        model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+        model["head"].weight = model["embedding"].weight
+        return model, make_optimizer(model, OptimConfig())
+
+    model, optimizer = tied()
+    checkpoint.save(tmp_path, 1, model, optimizer, 0.0, keep=1)
+    other, other_optimizer = tied()
+    assert checkpoint.load(tmp_path, other, other_optimizer)[0] == 1
+    assert torch.equal(other["head"].weight, model["head"].weight)
+    assert other["head"].weight is other["embedding"].weight
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    _save(tmp_path, 1)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        checkpoint.load(tmp_path, model, make_optimizer(model, OptimConfig()))
+
+
 def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         _save(tmp_path, step, keep=2)

@@ -2,17 +2,23 @@
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
 from ssmscan.models import LanguageModel, LanguageModelConfig
+from ssmscan.tasks import IGNORE, SelectiveCopying
 from ssmscan.training import OptimConfig, RunError, TaskConfig, TrainConfig, UsageError, checkpoint, loop, train
+from ssmscan.training.folder import LOCK, RUN_FILES
+from ssmscan.training.optim import make_optimizer
 
 TINY = TrainConfig(
     steps=20,
@@ -44,7 +50,7 @@ def whole(tmp_path_factory):
 
 def test_what_a_run_leaves(whole):
     folder, metrics = whole
-    assert sorted(path.name for path in folder.iterdir()) == sorted(loop.RUN_FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*RUN_FILES, LOCK))
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000010", "step_00000020"]
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -76,6 +82,8 @@ def test_killed_while_saving_and_resumed(whole, tmp_path):
     driver = f"""
 import os, signal
 from ssmscan.models import LanguageModelConfig
+from ssmscan.training.folder import LOCK, RUN_FILES
+from ssmscan.training.optim import make_optimizer
 from ssmscan.training import OptimConfig, TaskConfig, TrainConfig, checkpoint, train
 
 write = checkpoint._write_manifest
@@ -123,6 +131,56 @@ def test_a_log_with_half_a_line_is_mended(whole, tmp_path):
         log.write('{"split": "train", "st')
     train(replace(config, steps=12), resume=True)
     assert [line["step"] for line in _log(tmp_path)] == [*range(1, 11), 10, 11, 12, 12]
+
+
+def test_every_evaluation_has_examples_of_its_own(tmp_path, monkeypatch):
+    seen = []
+    batch = SelectiveCopying.batch
+
+    def recorded(task, size, seed, index, split):
+        made = batch(task, size, seed, index, split)
+        if split == "eval":
+            seen.extend(map(tuple, made.tokens.tolist()))
+        return made
+
+    monkeypatch.setattr(SelectiveCopying, "batch", recorded)
+    train(replace(TINY, out=str(tmp_path), task=TaskConfig(length=20), steps=6, eval_every=2, eval_examples=10))
+    # Three evaluations of 10, and the example that is shown at the end.
+    assert len(set(seen)) == len(seen) == 3 * 10 + 1
+
+
+def test_an_evaluation_counts_each_answer_once():
+    """Also where the last batch is smaller than the others."""
+    task, config = TINY.task.build(), replace(TINY, batch_size=4, eval_examples=6)
+    # Whatever it reads, it says symbol 1, more or less surely: right in a third of the answers.
+    model = nn.Embedding.from_pretrained(torch.tensor([0.3, 1.1, 0.2, -1.0, 0.4]).repeat(task.vocab_size, 1))
+    batches = [task.batch(size, config.seed, 2 * 7 + i, "eval") for i, size in enumerate((4, 2))]
+    targets = torch.cat([batch.targets for batch in batches]).flatten()
+    logits = model(torch.cat([batch.tokens for batch in batches])).flatten(0, 1)
+    asked = targets != IGNORE
+    loss, accuracy = loop.evaluate(model, task, config, 7, torch.device("cpu"))
+    assert loss == pytest.approx(F.cross_entropy(logits[asked], targets[asked]).item(), rel=1e-6)
+    assert accuracy == pytest.approx((logits.argmax(-1) == targets)[asked].float().mean().item(), rel=1e-6)
+
+
+def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
+    """To the length asked for; short ones are left as they are, and the log tells the length before."""
+    clip = statistics.median(line["grad_norm"] for line in _log(whole[0]) if line["split"] == "train")
+    norms = []
+
+    def watched(*arguments):
+        optimizer = make_optimizer(*arguments)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in parameters]).item())
+        )
+        return optimizer
+
+    monkeypatch.setattr(loop, "make_optimizer", watched)
+    train(replace(TINY, out=str(tmp_path), optim=replace(TINY.optim, clip=clip)))
+    logged = [line["grad_norm"] for line in _log(tmp_path) if line["split"] == "train"]
+    assert min(logged) < clip < max(logged)
+    assert norms == pytest.approx([min(norm, clip) for norm in logged], rel=1e-5)
 
 
 def test_stops_when_the_target_is_reached(tmp_path, monkeypatch):
@@ -191,13 +249,17 @@ def test_overwriting_replaces_a_run_and_nothing_else(tmp_path):
     [
         ({"out": ""}, "out must name a folder, got ''"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be an integer, got 1.5"),
+        ({"batch_size": "8"}, "batch_size must be an integer, got '8'"),
+        ({"keep": True}, "keep must be an integer, got True"),
         ({"keep": 0}, "keep must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be 0 to 2^63 - 1, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**63}, "seed must be 0 to 2^63 - 1, got 9223372036854775808"),
         ({"target_accuracy": 1.5}, r"target_accuracy must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_config_refusals(keywords, part):
-    with pytest.raises(ValueError, match=f"train: {part.replace('^', '.')}"):
+    with pytest.raises(TypeError if "an integer" in part else ValueError, match=f"train: {part.replace('^', '.')}"):
         TrainConfig(**keywords)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 # Seconds of calls behind one number, after the warm-up.
 BUDGET = 0.3
@@ -22,12 +21,6 @@ QUEUED = 32
 # Cycles of a device in a second, at least as many as it has.
 CLOCK = 2e9
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-
-# What any registered operator costs on the host, to subtract from what one of ours costs.
-_library = torch.library.Library("ssmscan_bench", "FRAGMENT")
-_library.define("empty(Tensor x) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _library.impl("empty", lambda x: x.new_empty(0), _device)
 
 
 class Timing(NamedTuple):
@@ -125,14 +118,12 @@ def copy_gbps(device: str) -> float:
     return 2 * source.nbytes / time_calls(lambda _: target.copy_(source), 1, device).median_ms / 1e6
 
 
-def host_us(function: Callable[[], object], x: Tensor, calls: int = 2000) -> float:
-    """Host time of one call, over that of an empty registered operator on ``x``, in microseconds."""
-    return _loop_us(function, calls) - _loop_us(lambda: torch.ops.ssmscan_bench.empty(x), calls)
-
-
-def _loop_us(function: Callable[[], object], calls: int) -> float:
+def host_us(function: Callable[[], object], calls: int = 200) -> float:
+    """Host time of one call in microseconds, the median over loops of ``calls`` between synchronisations."""
+    for _ in range(20):
+        function()
     times = []
-    for _ in range(5):
+    for _ in range(7):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):

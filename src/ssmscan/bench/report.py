@@ -145,7 +145,13 @@ def _operation(row: Row, result: Result) -> str:
 
 
 def _origin(result: Result) -> str:
-    host = "" if result.host_us is None else f", {result.host_us:.1f} µs of host time a call"
+    host = ""
+    if result.host_us is not None:
+        us = result.host_us
+        host = (
+            f", host time of a tiny call {us['fwd']:.0f} µs forward, {us['fwdbwd']:.0f} µs forward + backward "
+            f"(attention {us['sdpa fwd']:.0f} and {us['sdpa fwdbwd']:.0f})"
+        )
     triton = "" if result.triton is None else f", triton {result.triton}"
     return (
         f"{result.date[:10]}, commit {result.commit}, torch {result.torch}{triton}, "

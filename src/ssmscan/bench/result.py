@@ -15,6 +15,8 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
+# Files beside those of the operations: of whole models, and of other libraries.
+BESIDE = ("models", "others")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Result:
     triton: str | None
     date: str
     copy_gbps: float
-    host_us: float | None
+    # Host time of a tiny call, forward without gradients ("fwd") and forward and backward ("fwdbwd"), and those of
+    # scaled_dot_product_attention in the same run ("sdpa fwd", "sdpa fwdbwd").
+    host_us: Mapping[str, float] | None
     rows: tuple[Row, ...]
 
     @property
@@ -66,7 +70,7 @@ class Result:
 
 def read_all(folder: Path) -> list[Result]:
     """Every result under ``folder``, ordered by machine and operation."""
-    return [Result.read(path) for path in sorted(folder.glob("*/*.json"))]
+    return [Result.read(path) for path in sorted(folder.glob("*/*.json")) if path.stem not in BESIDE]
 
 
 def machine(device: str) -> str:

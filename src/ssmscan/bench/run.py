@@ -1,12 +1,13 @@
 """The runner: checks, times and records the benchmarks of operations."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan import backend as available
@@ -52,7 +53,7 @@ def run_cases(
     for case, names in zip(cases, chosen, strict=True):
         rows, failures = _measure(case, device, names, copy)
         if rows:
-            host = _rounded(_host_us(case, names[0])) if device == "cuda" else None
+            host = host_times(case, names[0]) if device == "cuda" else None
             result = Result(machine(device), source, *versions(), now(), copy, host, tuple(rows))
             show(result)
             if not failures:
@@ -240,13 +241,29 @@ def _arithmetic_ms(case: OpCase, benchmark: Benchmark, direction: str, device: s
     return 0.0 if case.floor_ms is None or device == "cpu" else case.floor_ms(benchmark.size, direction)
 
 
-def _host_us(case: OpCase, backend: str) -> float:
-    benchmark = case.benchmarks[0]
-    size = {**gate.small(benchmark.size), "b": 1, "l": 16}
-    call = case.call(benchmark.option, size).cast(benchmark.dtype, "cuda")
-    function = partial(case.op, **call.tensors, **call.keywords, backend=_able(benchmark, (backend,))[0])
+def host_times(case: OpCase, backend: str) -> dict[str, float]:
+    """Host time of a tiny call of the case, and of attention beside it, in microseconds."""
+    first = case.benchmarks[0]
+    benchmark = case.host or replace(first, size={**gate.small(first.size), "b": 1, "l": 128})
+    call = case.call(benchmark.option, benchmark.size).cast(benchmark.dtype, "cuda")
+    chosen = _able(benchmark, (backend,))[0]
+    tensors = [tensor.requires_grad_() for tensor in call.tensors.values()]
+    ours = _host_us(lambda: call.run(chosen)["y"], tensors)
+    return {name: _rounded(us) for name, us in {**ours, **_attention_us()}.items()}
+
+
+@cache
+def _attention_us() -> dict[str, float]:
+    q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    times = _host_us(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v])
+    return {f"sdpa {direction}": us for direction, us in times.items()}
+
+
+def _host_us(function: Callable[[], Tensor], tensors: Sequence[Tensor]) -> dict[str, float]:
+    dy = torch.randn_like(function())
     with torch.no_grad():
-        return measure.host_us(function, call.tensors["x"])
+        forward = measure.host_us(function)
+    return {"fwd": forward, "fwdbwd": measure.host_us(lambda: torch.autograd.grad(function(), tensors, dy))}
 
 
 def _rounded(value: float) -> float:

@@ -1,8 +1,17 @@
-"""RMSNorm, with its statistics in float32."""
+"""Norms by the root mean square, with their statistics in float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ssmscan.ops import gated_rms_norm
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class RMSNorm(nn.Module):
@@ -11,11 +20,12 @@ class RMSNorm(nn.Module):
     .. math:: y = \\frac{x}{\\sqrt{\\mathrm{mean}(x^2) + \\epsilon}} \\cdot weight
 
     Args:
-        hidden_size: the length m of the last axis.
-        eps: added to the mean square. Default 1e-6.
-        dtype: dtype of the weight; None is PyTorch's default.
+        d_model: the length m of the last axis.
+        eps: added to the mean square. Default 1e-5.
+        device, dtype: of the weight; None is PyTorch's default.
 
-    The forward takes x, (..., m), and returns y in its shape and dtype; it computes in float32 or wider.
+    The forward takes x, (..., m), and returns y in its shape and in the weight's dtype, which is that of the layers
+    after it where the residual stream is wider. It computes in float32 or wider.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 
@@ -26,11 +36,58 @@ class RMSNorm(nn.Module):
         [1.0, 1.0]
     """
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
+        self.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def reset_parameters(self) -> None:
+        """A scale of 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
+        return y.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class GatedRMSNorm(RMSNorm):
+    """:func:`ssmscan.gated_rms_norm` as a module: a norm of groups of channels, with a gate before or after it.
+
+    Args:
+        d_model: number d of channels.
+        eps: added to the mean square. Default 1e-5.
+        groups: how many groups of channels have a mean of their own. Default 1.
+        norm_before_gate: whether the gate comes after the norm. Default False.
+        device, dtype: of the weight.
+
+    The forward takes x and z, (..., d), and returns y in x's shape and dtype.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        eps: float = 1e-5,
+        groups: int = 1,
+        norm_before_gate: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, eps, device, dtype)
+        self.group_size = d_model // groups
+        self.norm_before_gate = norm_before_gate
+
+    def forward(self, x: Float[Tensor, "... d"], z: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:  # type: ignore[override]
+        return gated_rms_norm(
+            x, self.weight, z, eps=self.eps, group_size=self.group_size, norm_before_gate=self.norm_before_gate
+        )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ssmscan.layers import GatedSSM, GatedSSMState, RMSNorm
+from ssmscan.layers import Block, GatedSSM, GatedSSMState, RMSNorm
 from ssmscan.models.config import LanguageModelConfig
 from ssmscan.shapes import INDEX, check_rank, error
 
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         memory = (config.shortest_memory, config.longest_memory)
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            GatedSSM(config.hidden_size, config.state_size_mult, config.eps, memory=memory)
+            Block(GatedSSM(config.hidden_size, config.state_size_mult, memory), RMSNorm(config.hidden_size, config.eps))
             for _ in range(config.layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.eps)

@@ -313,8 +313,11 @@ def _like_first(x, *_):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for a derivative of this call."""
-    if torch.is_grad_enabled():
+    """Whether autograd will ask for a derivative of this call.
+
+    Not of an exported program: what the forward saves for the backward would tie that to the lengths of its example.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True

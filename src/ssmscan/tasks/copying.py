@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmscan.shapes import error
+from ssmscan.shapes import check_integer, error
 from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
@@ -25,6 +25,7 @@ class Copying(Task):
         length: tokens before the first marker. Default 64.
 
     Raises:
+        TypeError: an argument that is not an integer.
         ValueError: symbols outside 1 … 62, or data_tokens outside 1 … length.
 
     The task is that of Arjovsky, Shah and Bengio, "Unitary Evolution Recurrent Neural Networks" (2016), section 5.1.
@@ -39,9 +40,11 @@ class Copying(Task):
     name = "copying"
 
     def __init__(self, symbols: int = 16, data_tokens: int = 8, length: int = 64) -> None:
-        if not 1 <= symbols <= len(_LETTERS):
+        for name, value in (("symbols", symbols), ("data_tokens", data_tokens), ("length", length)):
+            check_integer(self.name, name, value, 1)
+        if symbols > len(_LETTERS):
             raise ValueError(error(self.name, f"symbols must be 1 to {len(_LETTERS)}", symbols))
-        if not 1 <= data_tokens <= length:
+        if data_tokens > length:
             raise ValueError(error(self.name, f"data_tokens must be 1 to length = {length}", data_tokens))
         self.symbols, self.data_tokens, self.length = symbols, data_tokens, length
         self.noise, self.marker = symbols, symbols + 1
@@ -77,4 +80,4 @@ class Copying(Task):
         return "\n".join(f"{name:<9} {text}" for name, text in rows)
 
     def _letter(self, token: int) -> str:
-        return {self.noise: "·", self.marker: "?"}.get(token) or _LETTERS[token]
+        return {self.noise: ".", self.marker: "?"}.get(token) or _LETTERS[token]

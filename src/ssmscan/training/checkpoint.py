@@ -7,7 +7,6 @@ manifest last, then the folder is renamed. A folder whose files do not match its
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import nn
+
+from ssmscan.training.folder import naming, sync
 
 _FILES = ("model.safetensors", "training.pt")
 _MANIFEST = "manifest.json"
@@ -30,14 +31,19 @@ def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_file(model.state_dict(), temporary / "model.safetensors")
+        # Weights that are tied stand in the file once.
+        with naming(temporary / "model.safetensors"):
+            save_model(model, str(temporary / "model.safetensors"))
         training = {"optimizer": optimizer.state_dict(), "random": _random_state(), "seconds": seconds}
-        torch.save(training, temporary / "training.pt")
-        _write_manifest(temporary, step)
+        # Through a file of Python's, whose errors say why a write failed.
+        with naming(temporary / "training.pt"), (temporary / "training.pt").open("wb") as file:
+            torch.save(training, file)
+        with naming(temporary / _MANIFEST):
+            _write_manifest(temporary, step)
         # A broken checkpoint of the same step may be in the way.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(root)
+        sync(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _checkpoints(root, up_to=step)[keep:]:
@@ -55,7 +61,7 @@ def load(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
             warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=2)
             continue
         training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_model(model, folder / "model.safetensors")
         optimizer.load_state_dict(training["optimizer"])
         _set_random_state(training["random"])
         return _step(folder), training["seconds"]
@@ -76,10 +82,10 @@ def _write_manifest(folder: Path, step: int) -> None:
     hashes = {}
     for name in _FILES:
         hashes[name] = _sha256(folder / name)
-        _sync(folder / name)
+        sync(folder / name)
     (folder / _MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
-    _sync(folder / _MANIFEST)
-    _sync(folder)
+    sync(folder / _MANIFEST)
+    sync(folder)
 
 
 def _fault(folder: Path) -> str | None:
@@ -99,17 +105,6 @@ def _fault(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder, and syncs its entries by itself.
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _random_state() -> dict[str, Any]:

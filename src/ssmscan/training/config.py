@@ -3,11 +3,10 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ssmscan.models import LanguageModelConfig
-from ssmscan.shapes import error
+from ssmscan.shapes import check_integer, error
 from ssmscan.tasks import Copying, SelectiveCopying, Task
 
 TASKS: dict[str, type[Copying]] = {task.name: task for task in (Copying, SelectiveCopying)}
@@ -64,7 +63,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "optim", "lr must be positive and finite", self.lr)
         _require(0 <= self.min_lr <= self.lr, "optim", f"min_lr must be 0 to lr = {self.lr}", self.min_lr)
-        _require(self.warmup >= 0, "optim", "warmup must be at least 0", self.warmup)
+        check_integer("optim", "warmup", self.warmup, 0)
         _require(0 <= self.weight_decay < math.inf, "optim", "weight_decay must be at least 0", self.weight_decay)
         _require(all(0 <= beta < 1 for beta in self.betas), "optim", "betas must be in [0, 1)", self.betas)
         _require(self.clip > 0, "optim", "clip must be positive", self.clip)
@@ -114,16 +113,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.out != "", "train", "out must name a folder", repr(self.out))
         for name in ("steps", "batch_size", "eval_every", "eval_examples", "log_every", "save_every", "keep"):
-            _require(getattr(self, name) >= 1, "train", f"{name} must be at least 1", getattr(self, name))
-        _require(0 <= self.seed < 2**63, "train", "seed must be 0 to 2^63 - 1", self.seed)
+            check_integer("train", name, getattr(self, name), 1)
+        check_integer("train", "seed", self.seed, 0)
+        _require(self.seed < 2**63, "train", "seed must be 0 to 2^63 - 1", self.seed)
         if self.target_accuracy is not None:
             _require(0 < self.target_accuracy <= 1, "train", "target_accuracy must be in (0, 1]", self.target_accuracy)
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write ``config`` as a YAML file that ``ssmscan train --config`` reads back."""
+def to_yaml(config: TrainConfig) -> str:
+    """``config`` as a YAML file that ``ssmscan train --config`` reads back."""
     import yaml
 
     # Through JSON, which turns tuples into the lists that YAML knows.
     plain = json.loads(json.dumps(asdict(config)))
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -3,43 +3,24 @@
 import json
 import math
 import platform
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ssmscan.models import LanguageModel
 from ssmscan.shapes import error
 from ssmscan.tasks import IGNORE, Task, accuracy
 from ssmscan.training import checkpoint
-from ssmscan.training.config import TrainConfig, save_config
+from ssmscan.training.config import TrainConfig
+from ssmscan.training.errors import RunError, UsageError
+from ssmscan.training.folder import claimed, naming, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
-from ssmscan.training.report import Report, plot, replace_text
-
-# All that a run leaves in its folder.
-RUN_FILES = (
-    "config.yaml",
-    "metrics.json",
-    "log.jsonl",
-    "curves.png",
-    "model.safetensors",
-    "checkpoints",
-    "tensorboard",
-)
-
-
-class UsageError(ValueError):
-    """The run cannot start as it was asked for; nothing was written."""
-
-
-class RunError(RuntimeError):
-    """The run started, and did not get where it should."""
+from ssmscan.training.report import Report, plot
 
 
 @dataclass(frozen=True)
@@ -78,80 +59,80 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         >>> metrics = train(config)  # doctest: +SKIP
     """
     device = _device(config)
-    folder = Path(config.out)
-    if not resume:
-        _claim(folder, config)
     task = config.task.build()
     torch.manual_seed(config.seed)
     model = LanguageModel(task.vocab_size, config.model).to(device)
     optimizer = make_optimizer(model, config.optim)
-    step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)
+    with claimed(config, resume) as folder:
+        step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)
+        with Report(folder, config, step) as report:
+            began = time.perf_counter() - seconds
+            last = report.newest("eval")
+            busy, seen = 0.0, 0
+            while step < config.steps:
+                started = time.perf_counter()
+                tokens, targets = task.batch(config.batch_size, config.seed, step, "train").to(device)
+                rate = learning_rate(step, config.steps, config.optim)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with _autocast(config, device):
+                    loss = _loss(model(tokens), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item()
+                if not math.isfinite(loss.item()) or not math.isfinite(norm):
+                    raise RunError(
+                        f"train: loss must be finite, got {loss.item():g} with a gradient of norm {norm:g} at step "
+                        f"{step + 1}. The update was not made; try a smaller --optim.lr."
+                    )
+                optimizer.step()
+                step += 1
+                busy += time.perf_counter() - started
+                seen += tokens.numel()
 
-    with Report(folder, config, step) as report:
-        began = time.perf_counter() - seconds
-        last = report.newest("eval")
-        busy, seen = 0.0, 0
-        while step < config.steps:
-            started = time.perf_counter()
-            tokens, targets = task.batch(config.batch_size, config.seed, step, "train").to(device)
-            rate = learning_rate(step, config.steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with _autocast(config, device):
-                loss = _loss(model(tokens), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item()
-            if not math.isfinite(loss.item()) or not math.isfinite(norm):
-                raise RunError(
-                    f"train: loss must be finite, got {loss.item():g} with a gradient of norm {norm:g} at step "
-                    f"{step + 1}. The update was not made; try a smaller --optim.lr."
-                )
-            optimizer.step()
-            step += 1
-            busy += time.perf_counter() - started
-            seen += tokens.numel()
+                report.advance(step)
+                if step % config.log_every == 0:
+                    report.training(
+                        step,
+                        loss=loss.item(),
+                        lr=rate,
+                        grad_norm=norm,
+                        tokens_per_second=seen / busy,
+                        seconds=time.perf_counter() - began,
+                    )
+                    busy, seen = 0.0, 0
+                if step % config.eval_every == 0:
+                    last = report.evaluation(
+                        step, *evaluate(model, task, config, step, device), time.perf_counter() - began
+                    )
+                    if config.target_accuracy is not None and last["accuracy"] >= config.target_accuracy:
+                        break
+                if step % config.save_every == 0:
+                    checkpoint.save(
+                        folder / "checkpoints", step, model, optimizer, time.perf_counter() - began, config.keep
+                    )
 
-            report.advance(step)
-            if step % config.log_every == 0:
-                report.training(
-                    step,
-                    loss=loss.item(),
-                    lr=rate,
-                    grad_norm=norm,
-                    tokens_per_second=seen / busy,
-                    seconds=time.perf_counter() - began,
-                )
-                busy, seen = 0.0, 0
-            if step % config.eval_every == 0:
+            if last is None or last["step"] != step:
                 last = report.evaluation(
                     step, *evaluate(model, task, config, step, device), time.perf_counter() - began
                 )
-                if config.target_accuracy is not None and last["accuracy"] >= config.target_accuracy:
-                    break
-            if step % config.save_every == 0:
-                checkpoint.save(
-                    folder / "checkpoints", step, model, optimizer, time.perf_counter() - began, config.keep
-                )
-
-        if last is None or last["step"] != step:
-            last = report.evaluation(step, *evaluate(model, task, config, step, device), time.perf_counter() - began)
-        metrics = Metrics(
-            accuracy=last["accuracy"],
-            loss=last["loss"],
-            steps=step,
-            seconds=time.perf_counter() - began,
-            target_accuracy=config.target_accuracy,
-            parameters=sum(p.numel() for p in model.parameters()),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            versions={"python": platform.python_version()}
-            | {package: version(package) for package in ("ssmscan", "torch", "numpy")},
-        )
-        save_file(model.state_dict(), folder / "model.safetensors")
-        plot(folder / "curves.png", _title(config), report.lines, config.target_accuracy)
-        report.console.print("\n" + _example(model, task, config, device) + "\n")
-        # Last, for it marks the run as finished.
-        replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
+            metrics = Metrics(
+                accuracy=last["accuracy"],
+                loss=last["loss"],
+                steps=step,
+                seconds=time.perf_counter() - began,
+                target_accuracy=config.target_accuracy,
+                parameters=sum(p.numel() for p in model.parameters()),
+                device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                versions={"python": platform.python_version()}
+                | {package: version(package) for package in ("ssmscan", "torch", "numpy")},
+            )
+            with naming(folder / "model.safetensors"):
+                save_model(model, str(folder / "model.safetensors"))
+            plot(folder / "curves.png", _title(config), report.lines, config.target_accuracy)
+            # The last file, for it marks the run as finished.
+            replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
+            print(f"\n{_example(model, task, config, device)}\n", flush=True)
     if config.target_accuracy is not None and metrics.accuracy < config.target_accuracy:
         raise RunError(
             f"train: accuracy must reach {config.target_accuracy:g}, got {metrics.accuracy:.4f} after {step} steps. "
@@ -192,32 +173,6 @@ def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
     wanted = auto if config.precision == "auto" else config.precision == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
-def _claim(folder: Path, config: TrainConfig) -> None:
-    """Make the run's folder, clear it of the run it replaces, and write the resolved config there."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(error("train", "out must be a folder", f"the file {folder}"))
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "config.yaml").exists():
-            raise UsageError(error("train", "out must be an empty folder or a run's", folder, "Choose another --out."))
-        if not config.overwrite:
-            raise UsageError(
-                error(
-                    "train",
-                    "out must be a new folder",
-                    f"{folder}, which holds a run",
-                    f"Replace it with --overwrite true, or continue an unfinished one with --resume {folder}.",
-                )
-            )
-        for name in RUN_FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    except OSError as reason:
-        raise UsageError(error("train", "out must be a folder that can be written", folder, f"{reason}.")) from None
 
 
 def _title(config: TrainConfig) -> str:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ssmscan.training.config import TrainConfig
+from ssmscan.training.folder import append_line, naming, replace_text
 
 
 class Report:
@@ -26,9 +27,11 @@ class Report:
         self.path = folder / "log.jsonl"
         self.lines = read_log(self.path, step)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._log = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._board_folder = folder / "tensorboard"
+        with naming(self._board_folder):
+            self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
+        # What is printed while the bar stands goes through this console, as it is.
+        console = Console(highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -36,11 +39,11 @@ class Report:
             TextColumn("loss {task.fields[loss]}  accuracy {task.fields[accuracy]}  {task.fields[speed]} tokens/s"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=self.console,
+            console=console,
             # Where no one watches, as in a CI log, the lines of the evaluations are all there is.
-            disable=not self.console.is_terminal,
+            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=config.steps, completed=step, loss="–", accuracy="–", speed="–")
+        self._task = self._bar.add_task("", total=config.steps, completed=step, loss="-", accuracy="-", speed="-")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -50,8 +53,12 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._board.close()
-        self._log.close()
+        try:
+            with naming(self._board_folder):
+                self._board.close()
+        except OSError:
+            if error is None:
+                raise
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -68,7 +75,7 @@ class Report:
         self._bar.update(self._task, accuracy=f"{accuracy:.3f}")
         trained = self.newest("train")
         speed = "" if trained is None else f"   {_short(trained['tokens_per_second'])} tokens/s"
-        self.console.print(f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}{speed}   {seconds:.0f} s")
+        print(f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}{speed}   {seconds:.0f} s", flush=True)
         return line
 
     def newest(self, split: str) -> dict[str, Any] | None:
@@ -78,10 +85,10 @@ class Report:
     def _write(self, split: str, step: int, values: dict[str, float]) -> dict[str, Any]:
         line = {"split": split, "step": step, **values}
         self.lines.append(line)
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+        append_line(self.path, line)
+        with naming(self._board_folder):
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
         return line
 
 
@@ -98,13 +105,6 @@ def read_log(path: Path, last: int) -> list[dict[str, Any]]:
         if line["step"] <= last:
             lines.append(line)
     return lines
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float | None) -> None:
@@ -148,8 +148,9 @@ def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float 
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
     temporary = path.with_name("unfinished_" + path.name)
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with naming(path):
+        figure.savefig(temporary)
+        os.replace(temporary, path)
 
 
 def _columns(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

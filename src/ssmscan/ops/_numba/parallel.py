@@ -6,8 +6,10 @@ of a user's other Numba code.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 import numpy as np
 import torch
@@ -15,31 +17,90 @@ from torch import Tensor
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
-_pool: ThreadPoolExecutor | None = None
+
+class _Job:
+    """One call of a kernel, in parts that several threads take one after the other."""
+
+    def __init__(self, kernel: Callable[..., None], parts: Sequence[tuple[int, ...]], arguments: tuple) -> None:
+        self.kernel, self.arguments = kernel, arguments
+        self.parts, self.count = deque(parts), len(parts)
+        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def work(self) -> None:
+        """Run parts until none is left to begin."""
+        while True:
+            try:
+                part = self.parts.popleft()
+            except IndexError:
+                return
+            failure = None
+            try:
+                self.kernel(*self.arguments, *part)
+            except BaseException as error:
+                failure = error
+            self.done.put(failure)
+
+    def wait(self) -> None:
+        """Until every part has ended; raise what the first to fail raised."""
+        failures = [self.done.get() for _ in range(self.count)]
+        for failure in failures:
+            if failure is not None:
+                raise failure
 
 
-def _forget_pool() -> None:
-    """Threads do not survive a fork; the child makes its own when it needs them."""
-    global _pool
-    _pool = None
+class _Helpers:
+    """Threads that help the callers, and without which these do all the work themselves.
+
+    So a call needs none of them: also not at the end of the process, when no more thread can be started.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        self.count = 0
+        self.lock = Lock()
+
+    def call(self, job: _Job, count: int) -> None:
+        with self.lock:
+            while self.count < count:
+                try:
+                    Thread(target=_help, args=(self.jobs,), name=f"ssmscan-{self.count}", daemon=True).start()
+                except RuntimeError:
+                    break
+                self.count += 1
+        for _ in range(min(count, self.count)):
+            self.jobs.put(job)
+
+
+def _help(jobs: SimpleQueue[_Job]) -> None:
+    while True:
+        # No name for the job: it would keep the tensors alive until the next one comes.
+        jobs.get().work()
+
+
+_helpers = _Helpers()
+
+
+def _forget_helpers() -> None:
+    """Threads do not survive a fork; the child starts its own when it needs them."""
+    global _helpers
+    _helpers = _Helpers()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_forget_helpers)
 
 
 def run(kernel: Callable[..., None], parts: Sequence[tuple[int, ...]], *arguments: object) -> None:
     """Call ``kernel(*arguments, *part)`` for every part, on as many threads as PyTorch uses."""
-    global _pool
-    threads = torch.get_num_threads()
-    if threads == 1 or len(parts) == 1:
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads <= 1:
         for part in parts:
             kernel(*arguments, *part)
         return
-    if _pool is None or _pool._max_workers != threads:
-        _pool = ThreadPoolExecutor(threads, thread_name_prefix="ssmscan")
-    for future in [_pool.submit(kernel, *arguments, *part) for part in parts]:
-        future.result()
+    job = _Job(kernel, parts, arguments)
+    _helpers.call(job, threads - 1)
+    job.work()
+    job.wait()
 
 
 def split(n: int, d: int, widest: int = 4096, narrowest: int = 16) -> list[tuple[int, int, int]]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
@@ -20,7 +20,7 @@ from ssmscan.shapes import state_dtype
 BLOCK = 256
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _input(x, strides, h, i, sequence, low, high, p, reverse, first, end):
     """The input at position p of a sequence, in scan order; those before its start are in its state."""
     if p < 0:
@@ -29,7 +29,7 @@ def _input(x, strides, h, i, sequence, low, high, p, reverse, first, end):
     return x[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, strides, h, taps, bias, bounds, z, hn, reverse, i, first, end):
     w, width = taps.shape[0], end - first
     for s in range(len(bounds) - 1):
@@ -55,7 +55,7 @@ def _forward(x, strides, h, taps, bias, bounds, z, hn, reverse, i, first, end):
                 hr[j] = xr[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, dz, strides, h, taps, bounds, dh, dx, dh0, sums, reverse, i, first, end):
     w, width = taps.shape[0], end - first
     block = np.zeros((w + 1, width), x.dtype)
@@ -101,7 +101,7 @@ def _backward(x, dz, strides, h, taps, bounds, dh, dx, dh0, sums, reverse, i, fi
         _flush(block, sums[i, :, first:end])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _flush(block, total):
     for k in range(block.shape[0]):
         for j in range(block.shape[1]):

@@ -11,8 +11,8 @@ from ssmscan.backend import choose
 from ssmscan.ops.causal_conv1d import autograd, plain, reference
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.ops.decoding import check_state, fused, leading_axes
-from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.ops.packing import check_sequences, pack
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -73,22 +73,19 @@ def causal_conv1d(
         ([1.0, 12.0, 23.0], [3.0])
     """
     silu = _check("causal_conv1d", "b, l, d", x, weight, bias, activation, {"h0": h0})
-    batch, l, d = x.shape
-    w = weight.shape[1]
+    check_flags("causal_conv1d", reverse=reverse)
     dtype = state_dtype(x, weight, bias, h0)
     implementation = choose("causal_conv1d", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("causal_conv1d", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    axes = "b, w-1, d" if cu_seqlens is None else "s, w-1, d"
-    check_shape("causal_conv1d", "h0", h0, axes, (batch, w - 1, d), "x, weight and cu_seqlens")
+    state = (weight.shape[1] - 1, x.shape[2])
+    count = check_sequences("causal_conv1d", x, cu_seqlens, h0, "w-1, d", state, "x and weight")
     options = Options(silu, reverse)
     if cu_seqlens is None:
         return _run(Inputs(x, weight, bias, h0, None, None), options, implementation)
-    # A state is forgotten after w - 1 tokens, so NaN for bad bounds has to come by the weight to reach every output.
-    sequence, poison = pack(cu_seqlens, l, x.new_zeros((), dtype=dtype))
+    sequence, valid = pack(cu_seqlens, x.shape[1])
     # The first token of each sequence, and the length.
-    bounds = torch.searchsorted(sequence, torch.arange(batch + 1, device=x.device, dtype=sequence.dtype))
+    bounds = torch.searchsorted(sequence, torch.arange(count + 1, device=x.device, dtype=sequence.dtype))
+    # A state is forgotten after w - 1 tokens, so NaN for bad bounds has to come by the weight to reach every output.
+    poison = torch.where(valid, x.new_zeros((), dtype=dtype), torch.nan)
     y, h = _run(Inputs(x, weight + poison, bias, h0, sequence, bounds), options, implementation)
     return y, h + poison
 
@@ -157,7 +154,7 @@ def _check(
     state: dict[str, Tensor | None],
 ) -> bool:
     """Refuse what is not a convolution; return whether SiLU follows it."""
-    check_tensors(function, {"x": x, "weight": weight, "bias": bias, **state})
+    check_tensors(function, {"x": x, "weight": weight}, bias=bias, **state)
     check_rank(function, "x", x, axes)
     check_rank(function, "weight", weight, "d, w")
     d, w = x.shape[-1], weight.shape[1]

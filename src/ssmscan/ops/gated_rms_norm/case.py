@@ -54,8 +54,10 @@ CASE = OpCase(
     },
     refused=(
         Refusal("eps 0", lambda call: call.update(eps=0.0), ValueError, "eps"),
+        Refusal("eps in text", lambda call: call.update(eps="1e-5"), TypeError, "eps must be a number"),
         Refusal("group_size", lambda call: call.update(group_size=4), ValueError, "group_size"),
         Refusal("group_size 0", lambda call: call.update(group_size=0), ValueError, "group_size"),
+        Refusal("group_size 2.5", lambda call: call.update(group_size=2.5), TypeError, "group_size must be an integer"),
     ),
     large=(
         {"b": 2, "l": 100, "d": 33},

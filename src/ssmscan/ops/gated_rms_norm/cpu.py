@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, run
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
@@ -20,7 +20,7 @@ from ssmscan.shapes import state_dtype
 PART = 256
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _dot(a, b):
     total = a.dtype.type(0)
     for j in range(len(a)):
@@ -28,7 +28,7 @@ def _dot(a, b):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, gate, weight, y, eps, size, after, begin, end):
     u = np.empty(size, y.dtype)
     for i in range(begin, end):
@@ -48,7 +48,7 @@ def _forward(x, gate, weight, y, eps, size, after, begin, end):
                     yr[j] *= gr[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, gate, weight, dy, dx, dgate, total, eps, size, after, part, begin, end):
     u, a, n = np.empty(size, dx.dtype), np.empty(size, dx.dtype), np.empty(size, dx.dtype)
     gated = gate.size > 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.gated_rms_norm import autograd, plain, reference
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
-from ssmscan.shapes import check_shape, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -63,15 +64,20 @@ def gated_rms_norm(
         >>> y.round(decimals=3).tolist()
         [[1.0, -1.0, 1.0, 1.0]]
     """
-    check_tensors("gated_rms_norm", {"x": x, "weight": weight, "z": z})
+    check_tensors("gated_rms_norm", {"x": x, "weight": weight}, z=z)
+    check_flags("gated_rms_norm", norm_before_gate=norm_before_gate)
     if x.dim() == 0:
         raise ValueError(error("gated_rms_norm", "x must have shape (..., d)", "()"))
     d = x.shape[-1]
     check_shape("gated_rms_norm", "weight", weight, "d", (d,), "x")
     check_shape("gated_rms_norm", "z", z, "..., d", x.shape, "x")
+    if not isinstance(eps, int | float):
+        raise TypeError(error("gated_rms_norm", "eps must be a number", repr(eps)))
     if not eps > 0:
         raise ValueError(error("gated_rms_norm", "eps must be above 0", eps))
     size = d if group_size is None else group_size
+    if not isinstance(size, int | torch.SymInt):
+        raise TypeError(error("gated_rms_norm", "group_size must be an integer or None", repr(group_size)))
     # No channels, no groups.
     if d > 0 and (size <= 0 or d % size != 0):
         raise ValueError(error("gated_rms_norm", f"group_size must divide d = {d}", group_size))

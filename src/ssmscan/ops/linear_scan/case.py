@@ -75,6 +75,7 @@ CASE = OpCase(
         {"b": 1, "l": 4099, "d": 33},
         {"b": 2, "l": 4099, "d": 130},
     ),
+    host=Benchmark("host", {"b": 1, "l": 128, "d": 256}, DECAY),
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 8192, "d": 2048}, ALL),
         Benchmark("x and a", {"b": 8, "l": 8192, "d": 2048}, DECAY),

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.ops.linear_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _row(array, strides, i, t, first, end):
     start = i * strides[0] + t * strides[1]
     return array[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, a, b, c, strides, owner, h, y, states, l, d, reverse, i, first, end):
     width = end - first
     for k in range(l):
@@ -42,7 +42,7 @@ def _forward(x, a, b, c, strides, owner, h, y, states, l, d, reverse, i, first, 
             yr[j] = cr[j] * hr[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, a, b, c, dy, strides, owner, h0, states, g, dx, da, db, dc, l, d, reverse, i, first, end):
     width = end - first
     before = np.empty((SPAN + 1, width), g.dtype)

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.linear_scan import autograd, plain, reference
 from ssmscan.ops.linear_scan.autograd import Inputs, Options
-from ssmscan.ops.packing import check_cu_seqlens, pack
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.ops.packing import enter
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -68,16 +67,9 @@ def linear_scan(
         ([1.0, 1.5, 1.75, 1.875], [1.875])
     """
     decay, log = _check("linear_scan", "b, l, d", x, a, b, c, log_a, h0)
-    batch, l, d = x.shape
+    check_flags("linear_scan", reverse=reverse)
     dtype = state_dtype(x, decay, b, c, h0)
-    implementation = choose("linear_scan", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("linear_scan", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    check_shape("linear_scan", "h0", h0, "b, d" if cu_seqlens is None else "s, d", (batch, d), "x and cu_seqlens")
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0)
+    implementation, sequence, h0 = enter("linear_scan", backend, x, dtype, cu_seqlens, h0, "d", x.shape[2:])
     inputs, options = Inputs(x, decay, b, c, h0, sequence), Options(log, reverse)
     if implementation == "reference":
         return reference.linear_scan(*inputs, *options)
@@ -146,7 +138,7 @@ def _check(
         given = "neither" if decay is None else "both"
         raise ValueError(error(function, "exactly one of a and log_a must be given", given, "Pass the decay once."))
     name = "log_a" if a is None else "a"
-    check_tensors(function, {"x": x, name: decay, "b": b, "c": c, "h" if function.endswith("step") else "h0": h})
+    check_tensors(function, {"x": x, name: decay}, b=b, c=c, **{"h" if function.endswith("step") else "h0": h})
     check_rank(function, "x", x, axes)
     for argument, tensor in ((name, decay), ("b", b), ("c", c)):
         check_shape(function, argument, tensor, axes, x.shape, "x")

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.ops.matrix_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, a, strides, owner, h, y, states, l, c, reverse, i, first, end):
     for k in range(l):
         t = l - 1 - k if reverse else k
@@ -35,7 +35,7 @@ def _forward(x, a, strides, owner, h, y, states, l, c, reverse, i, first, end):
 
 
 # In any order, and so in vectors.
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _dot(p, q):
     total = p.dtype.type(0)
     for j in range(p.size):
@@ -43,7 +43,7 @@ def _dot(p, q):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, a, dy, strides, owner, h0, states, g, dx, da, l, c, reverse, i, first, end):
     # Before each step, after its decay.
     decayed = np.empty((SPAN, c), g.dtype)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
 from ssmscan.ops.matrix_scan import autograd, plain, reference
 from ssmscan.ops.matrix_scan.autograd import Inputs, Options
-from ssmscan.ops.packing import check_cu_seqlens, first_tokens, pack
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.ops.packing import enter, first_tokens
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -71,17 +70,9 @@ def matrix_scan(
         ([[1.0, 1.0], [1.5, 1.5], [1.75, 1.75]], [[[1.75, 1.75]]])
     """
     decay, cumulative = _check("matrix_scan", "b, l, r, c", x, log_a, cumsum_log_a, h0)
-    batch, l, r, c = x.shape
+    check_flags("matrix_scan", reverse=reverse)
     dtype = state_dtype(x, decay, h0)
-    implementation = choose("matrix_scan", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("matrix_scan", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    axes = "b, r, c" if cu_seqlens is None else "s, r, c"
-    check_shape("matrix_scan", "h0", h0, axes, (batch, r, c), "x and cu_seqlens")
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, r, c, dtype=dtype) if h0 is None else h0)
+    implementation, sequence, h0 = enter("matrix_scan", backend, x, dtype, cu_seqlens, h0, "r, c", x.shape[2:])
     if cumulative:
         decay = _differences(decay.to(dtype), sequence, reverse)
     inputs, options = Inputs(x, decay, h0, sequence), Options(reverse)
@@ -142,7 +133,7 @@ def _check(
         rule = "exactly one of log_a and cumsum_log_a must be given"
         raise ValueError(error(function, rule, "neither" if decay is None else "both", "Pass the decay once."))
     name = "cumsum_log_a" if log_a is None else "log_a"
-    check_tensors(function, {"x": x, name: decay, "h" if function.endswith("step") else "h0": h})
+    check_tensors(function, {"x": x, name: decay}, **{"h" if function.endswith("step") else "h0": h})
     check_rank(function, "x", x, axes)
     check_shape(function, name, decay, axes.removesuffix(", c"), x.shape[:-1], "x")
     return decay, log_a is None

@@ -10,22 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import empty, rows, run, split
 from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.rg_lru.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _row(array, strides, i, t, first, end):
     start = i * strides[0] + t * strides[1]
     return array[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first, end):
     for k in range(l):
         t = l - 1 - k if reverse else k
@@ -43,7 +43,7 @@ def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first,
             yr[j] = hr[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(
     x, gi, a, gain, gr, dy, strides, rate, owner, unscaled, h0, states, g, dx, di, dr, slopes, l, reverse, i, first, end
 ):

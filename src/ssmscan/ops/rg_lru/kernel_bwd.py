@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import sigmoid
-from ssmscan.ops._triton.gradients import room, state_room
+from ssmscan.ops._triton.gradients import room, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import (
     batch_and_time,
@@ -211,7 +211,9 @@ def rg_lru_backward(
     elif dh0 is not None and sequence is None:
         tl.store(dh0 + batch * D + channels, g, mask=inside & (begin == 0))
     if slopes is not None:
-        tl.store(slopes + row, slope, mask=inside)
+        # From the slope of the decay's rate, 8·softplus(a_param), to that of a_param.
+        opening = sigmoid(tl.load(a_param + channels, mask=inside, other=0.0).to(tl.float32))
+        tl.store(slopes + row, -8.0 * opening * slope, mask=inside)
 
 
 def backward(
@@ -220,10 +222,10 @@ def backward(
     x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
     reverse, scale_first = options
     batch, l, d = x.shape
-    dx, di, dr = room((x, input_gate, recurrence_gate), needs)
+    dx, di, dr, da_param = room(inputs[:4], needs)
     dh0 = state_room(h0, dh, needs[4], passes=sequence is not None or l == 0)
     if x.numel() == 0:
-        return [dx, di, dr, torch.zeros_like(a_param), dh0]
+        return [dx, di, dr, da_param if da_param is None else da_param.zero_(), dh0]
     x, input_gate, recurrence_gate = channels_last(x), channels_last(input_gate), channels_last(recurrence_gate)
     dy, parameter = channels_last(dy), a_param.contiguous()
     h0, dh = (t if t is None else t.contiguous() for t in (h0, dh))
@@ -237,5 +239,6 @@ def backward(
         (input_gate, recurrence_gate, parameter, dy, h0, sequence, dh), (states, dx, di, dr, slopes, dh0), integers,
         (scale_first, config.BD, d % config.BD == 0, config.stages), config.warps,
     )  # fmt: skip
-    da_param = None if slopes is None else -8 * a_param.float().sigmoid() * slopes.sum((0, 1))
+    if slopes is not None:
+        sum_rows(slopes.view(-1, d), (d, 0, 0), (da_param, None, None))
     return [dx, di, dr, da_param, dh0]

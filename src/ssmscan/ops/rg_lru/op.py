@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
-from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.packing import enter
 from ssmscan.ops.rg_lru import autograd, plain, reference
 from ssmscan.ops.rg_lru.autograd import Inputs, Options
-from ssmscan.shapes import check_rank, check_shape, check_tensors, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -75,17 +74,10 @@ def rg_lru(
         [0.399, 0.64, 0.784]
     """
     _check("rg_lru", "b, l, d", x, input_gate, recurrence_gate, a_param, h0)
-    batch, l, d = x.shape
+    check_flags("rg_lru", reverse=reverse, scale_first=scale_first)
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
-    scale_first = bool(scale_first) or h0 is not None
-    implementation = choose("rg_lru", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("rg_lru", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    check_shape("rg_lru", "h0", h0, "b, d" if cu_seqlens is None else "s, d", (batch, d), "x and cu_seqlens")
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0)
+    scale_first = scale_first or h0 is not None
+    implementation, sequence, h0 = enter("rg_lru", backend, x, dtype, cu_seqlens, h0, "d", x.shape[2:])
     inputs, options = Inputs(x, input_gate, recurrence_gate, a_param, h0, sequence), Options(reverse, scale_first)
     if implementation == "reference":
         return reference.rg_lru(*inputs, *options)
@@ -154,7 +146,7 @@ def _check(
     """Refuse what is not a scan."""
     gates = {"input_gate": input_gate, "recurrence_gate": recurrence_gate}
     state = "h" if function.endswith("step") else "h0"
-    check_tensors(function, {"x": x, **gates, "a_param": a_param, state: h})
+    check_tensors(function, {"x": x, **gates, "a_param": a_param}, **{state: h})
     check_rank(function, "x", x, axes)
     for name, gate in gates.items():
         check_shape(function, name, gate, axes, x.shape, "x")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import rows, run, split
 from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.system import weight
@@ -24,19 +24,19 @@ SPAN = 32
 WIDEST = 64
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _row(array, strides, i, t, first, end):
     start = i * strides[0] + t * strides[1]
     return array[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _part(array, first, end):
     """The channels of (m, n, d), contiguous."""
     return np.ascontiguousarray(array[:, :, first:end])
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@compiled(inline="always")
 def _advance(a, b, h, x, width):
     """One step of the states h, (parts, n, width)."""
     for k in range(a.shape[1]):
@@ -50,7 +50,7 @@ def _advance(a, b, h, x, width):
                 h[1, k, j] = a[0, k, j] * imaginary + a[1, k, j] * real + b[1, k, j] * x[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(x, strides, a, b, c, skip, h, y, l, i, first, end):
     width = end - first
     a, b, c = _part(a, first, end), _part(b, first, end), _part(c, first, end)
@@ -71,7 +71,7 @@ def _forward(x, strides, a, b, c, skip, h, y, l, i, first, end):
     h[i, :, :, first:end] = s
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(x, dy, strides, a, b, c, skip, h0, g, dx, da, db, dc, dskip, l, i, first, end):
     """``g`` comes in as the gradient of the final state and leaves as that of the initial one."""
     width = end - first

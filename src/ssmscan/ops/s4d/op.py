@@ -157,7 +157,7 @@ def _check(
     """Refuse what is no such system; return the dtypes of its sums and of its state."""
     state = "h" if function.endswith("step") else "h0"
     poles = {name: _real(tensor) for name, tensor in (("A", A), ("B", B), ("C", C), (state, h))}
-    check_tensors(function, {"x": x, "dt": dt, **poles, "D": D})
+    check_tensors(function, {"x": x, "dt": dt, **{name: poles[name] for name in "ABC"}}, D=D, **{state: poles[state]})
     given = {name: t for name, t in (("A", A), ("B", B), ("C", C), (state, h)) if t is not None}
     # The majority of A, B and C rules.
     complex_ = sum(given[name].is_complex() for name in "ABC") > 1
@@ -182,4 +182,6 @@ def _check(
 
 def _real(tensor: Tensor | None) -> Tensor | None:
     """The real part, whose dtype and device are checked in the tensor's stead."""
-    return tensor.real if isinstance(tensor, Tensor) and tensor.is_complex() else tensor
+    if isinstance(tensor, Tensor) and tensor.is_complex() and tensor.layout is torch.strided and not tensor.is_nested:
+        return tensor.real
+    return tensor

@@ -29,7 +29,7 @@ def s4d(
     x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor]:
     batch, l, d = x.shape
-    if l == 0:
+    if batch == 0 or l == 0:
         return x * 1, x.new_zeros(batch, *C.shape, dtype=C.dtype) if h0 is None else h0.to(C.dtype) * 1
     # Autocast would round the matrix products to bfloat16.
     with torch.autocast(x.device.type, enabled=False):

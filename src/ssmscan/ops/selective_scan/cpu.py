@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from numba.extending import overload
 from torch import Tensor
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import rows, run
 from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
@@ -95,7 +95,7 @@ def _overload_softplus(out, scratch, bits, v):
     return polynomial
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _sigmoid(out, scratch, bits, v):
     for j in range(v.shape[0]):
         scratch[j] = -v[j]
@@ -105,7 +105,7 @@ def _sigmoid(out, scratch, bits, v):
 
 
 # Sums may be taken in vectors; the order is still the same every time.
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _dot(a, b):
     total = a.dtype.type(0)
     for j in range(a.shape[0]):
@@ -113,13 +113,13 @@ def _dot(a, b):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _row(array, strides, i, t, first, end):
     start = i * strides[0] + t * strides[1]
     return array[start + first : start + end]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _step_size(delta, v, scratch, bits, dt, bias, softplus):
     for j in range(dt.shape[0]):
         v[j] = dt[j] + bias[j]
@@ -129,7 +129,7 @@ def _step_size(delta, v, scratch, bits, dt, bias, softplus):
         delta[:] = v
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _advance(h, decay, scratch, bits, a, delta, u, B):
     """h = exp(δ·A)·h + B·u for the states of all channels, [n, width]; the decay is kept."""
     for k in range(a.shape[0]):
@@ -143,7 +143,7 @@ def _advance(h, decay, scratch, bits, a, delta, u, B):
             hk[j] = dk[j] * hk[j] + Bk * u[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _read(out, C, h):
     """out = C·h."""
     out[:] = 0
@@ -153,7 +153,7 @@ def _read(out, C, h):
             out[j] += Ck * hk[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _forward(
     x, dt, z, strides, A, B, C, D, bias, owner, h, y, saved, l, softplus, gated, reverse, i, group, first, end
 ):  # fmt: skip
@@ -192,7 +192,7 @@ def _forward(
         h[sequence, first:end] = state.T
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _backward(
     x, dt, z, dy, strides, A, B, C, D, bias, owner, h0, saved, dh, dx, ddt, dz, dA, dB, dC, dD, dbias,
     l, softplus, gated, reverse, i, group, first, end, part,

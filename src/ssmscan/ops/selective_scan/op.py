@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
-from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.packing import enter
 from ssmscan.ops.selective_scan import autograd, plain, reference
 from ssmscan.ops.selective_scan.autograd import Inputs, Options
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -79,18 +78,11 @@ def selective_scan(
         ([2.0, 4.0, 6.0], [3.0, 3.0])
     """
     B, C = _check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
-    batch, l = x.shape[:2]
+    check_flags("selective_scan", dt_softplus=dt_softplus, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    implementation = choose("selective_scan", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("selective_scan", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    state = (batch, *A.shape)
-    axes = "b, d, n" if cu_seqlens is None else "s, d, n"
-    check_shape("selective_scan", "h0", h0, axes, state, "x, A and cu_seqlens")
-    sequence = None
-    if cu_seqlens is not None:
-        sequence, h0 = pack(cu_seqlens, l, x.new_zeros(state, dtype=dtype) if h0 is None else h0)
+    implementation, sequence, h0 = enter(
+        "selective_scan", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A"
+    )
     inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
     if implementation == "reference":
         return reference.selective_scan(*inputs, *options)
@@ -163,8 +155,8 @@ def _check(
     h: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Refuse what is not a scan; return B and C with an axis of groups. ``axes`` are those before the channels."""
-    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    check_tensors(function, tensors | {"h" if function.endswith("step") else "h0": h})
+    state = {"h" if function.endswith("step") else "h0": h}
+    check_tensors(function, {"x": x, "dt": dt, "A": A, "B": B, "C": C}, D=D, z=z, dt_bias=dt_bias, **state)
     check_rank(function, "x", x, f"{axes}, d")
     d = x.shape[-1]
     leading = tuple(x.shape[:-1])

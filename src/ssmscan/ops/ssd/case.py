@@ -92,6 +92,16 @@ CASE = OpCase(
     refused=(
         Refusal("heads and groups", lambda call: call.update(_three_groups(call)), ValueError, "the groups of B"),
         Refusal("limits", lambda call: call.update(dt_limit=(1.0, 0.5)), ValueError, "dt_limit"),
+        Refusal("one limit", lambda call: call.update(dt_limit=(1.0,)), ValueError, "dt_limit"),
+        Refusal("limit that is no number", lambda call: call.update(dt_limit=(torch.nan, 1.0)), ValueError, "dt_limit"),
+        Refusal("no limits", lambda call: call.update(dt_limit=None), TypeError, "dt_limit"),
+        Refusal("limits in text", lambda call: call.update(dt_limit=("0", "1")), TypeError, "dt_limit"),
+        Refusal(
+            "B without groups",
+            lambda call: call.update(B=call["B"][:, :, 0]),
+            ValueError,
+            "B must have shape (b, l, g, n)",
+        ),
         Refusal("D", lambda call: call.update(D=call["D"][:1]), ValueError, "D"),
     ),
     large=(
@@ -107,6 +117,7 @@ CASE = OpCase(
     ),
     # The states between chunks, of the forward and of the adjoint, and copies of neither.
     peak_memory=6.0,
+    host=Benchmark("host", {"b": 1, "l": 128, "h": 8, "p": 64, "g": 1, "n": 64}, LAYER),
     benchmarks=(
         Benchmark("headline", {"b": 8, "l": 4096, "h": 64, "p": 64, "g": 1, "n": 128}, LAYER),
         Benchmark("long", {"b": 1, "l": 16384, "h": 64, "p": 64, "g": 1, "n": 128}, LAYER),

@@ -1,44 +1,43 @@
 """What ssd's Numba kernels do with the buffers of a chunk, beside matrix products.
 
 A chunk's tokens are the rows of its buffers, or the columns of turned ones. Each loop stands in a function of its own,
-in which Numba counts no references, and writes one row, which lets LLVM vectorise it. Numba's cache does not see a
-change of this file: after one, touch ``cpu_kernels.py``.
+in which Numba counts no references, and writes one row, which lets LLVM vectorise it.
 """
 
 import numpy as np
-from numba import njit
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops.ssd.products import whole
 
 CHUNK = 64
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def buffer(rows, columns, like):
     """Room for whole tiles."""
     return np.zeros((whole(rows), whole(columns)), like.dtype)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def numbers(like):
     return np.zeros(CHUNK, like.dtype)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _load(h, states, s, head):
     for i in range(states.shape[2]):
         for j in range(states.shape[3]):
             h[j, i] = states[s, head, i, j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _store(h, states, s, head):
     for i in range(states.shape[2]):
         for j in range(states.shape[3]):
             states[s, head, i, j] = h[j, i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def exchange(h, states, first, end, before, after):
     """Put the heads' states away as those of the sequence ``before``, and take those of ``after``; -1 is none."""
     for head in range(first, end):
@@ -48,7 +47,7 @@ def exchange(h, states, first, end, before, after):
             _load(h[head - first], states, after, head)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def transpose(out, rows, count, columns):
     for i in range(count):
         row = rows[i]
@@ -56,7 +55,7 @@ def transpose(out, rows, count, columns):
             out[j, i] = row[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def gather(out, source, batch, t, step, count, head):
     """The tokens of a chunk, of one head or group, as rows."""
     for i in range(count):
@@ -65,13 +64,13 @@ def gather(out, source, batch, t, step, count, head):
             row[j] = given[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def clear(out, count):
     for i in range(count):
         out[i] = 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def scale(rows, factors, count):
     """Each row by its own factor."""
     for i in range(count):
@@ -80,7 +79,7 @@ def scale(rows, factors, count):
             row[j] *= factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decay(h, factor, n):
     """All of a state by one factor."""
     for j in range(n):
@@ -89,7 +88,7 @@ def decay(h, factor, n):
             row[i] *= factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decay_to(after, h, factor, n):
     """The same, out of place: as one loop for both it would not be vectorised where the two are one."""
     for j in range(n):
@@ -99,7 +98,7 @@ def decay_to(after, h, factor, n):
 
 
 # Sums may be taken in vectors; the order is still the same every time.
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@compiled(fastmath={"reassoc", "contract"})
 def _dot(a, b, size):
     total = a.dtype.type(0)
     for j in range(size):
@@ -107,7 +106,7 @@ def _dot(a, b, size):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def add_up(a, size):
     total = a.dtype.type(0)
     for j in range(size):
@@ -115,7 +114,7 @@ def add_up(a, size):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decays(pairs, entered, delta, steps, batch, t, step, count, head):
     """w, with zeros above the diagonal, of which the last row is l; e, and the tokens' Δ."""
     tiny = np.finfo(pairs.dtype).tiny
@@ -135,13 +134,13 @@ def decays(pairs, entered, delta, steps, batch, t, step, count, head):
         row[i] = 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def weigh(out, row, factors):
     for j in range(CHUNK):
         out[j] = row[j] * factors[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def score(scores, products, delta, count):
     """The decays become the terms with which each x enters each y."""
     for i in range(count):
@@ -150,7 +149,7 @@ def score(scores, products, delta, count):
             row[j] *= product[j] * delta[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def put(out, rows, batch, t, step, count, head):
     """The opposite of gathering."""
     for i in range(count):
@@ -159,7 +158,7 @@ def put(out, rows, batch, t, step, count, head):
             to[j] = row[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_skip(out, D, rows, count):
     """D·x, or D·dy."""
     for i in range(count):
@@ -168,7 +167,7 @@ def add_skip(out, D, rows, count):
             to[j] += D[j] * row[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def pair_up(products, scores, CB, dCB, own, delta, count):
     """Of each pair of tokens: add to dCB, to the earlier one's dΔ, and find what flows and the scores."""
     own[:] = 0
@@ -188,13 +187,13 @@ def pair_up(products, scores, CB, dCB, own, delta, count):
             product[j] *= delta[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def dots(out, rows, others, count, size):
     for i in range(count):
         out[i] = _dot(rows[i], others[i], size)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_products(out, rows, others, count):
     """Sums over the rows; those of a chunk by themselves first, which rounds less."""
     total = np.zeros(out.shape[0], out.dtype)
@@ -206,7 +205,7 @@ def add_products(out, rows, others, count):
         out[j] += total[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_columns(out, rows, factors, count):
     """Each column by its own factor."""
     for i in range(count):
@@ -215,7 +214,7 @@ def add_columns(out, rows, factors, count):
             to[j] += factors[j] * row[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def sum_columns(out, rows, others, factors, count):
     """out = factors·(sums over the rows of products)."""
     out[:] = 0
@@ -227,7 +226,7 @@ def sum_columns(out, rows, others, factors, count):
         out[j] *= factors[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def put_flows(dsteps, products, delta, own, onward, arriving, through, batch, t, step, count, head):
     """The gradients of Δ and of the log-decay.
 
@@ -249,7 +248,7 @@ def put_flows(dsteps, products, delta, own, onward, arriving, through, batch, t,
         passed += onward[j] * delta[j]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def put_turned(out, turned, batch, t, step, count, group):
     """Columns, as the tokens of a chunk."""
     for i in range(count):
@@ -258,7 +257,7 @@ def put_turned(out, turned, batch, t, step, count, group):
             to[j] = turned[j, i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_turned(out, turned, count, n):
     for i in range(count):
         to = out[i]

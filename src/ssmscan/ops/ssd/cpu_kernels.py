@@ -15,8 +15,8 @@ lies there is never a term of a sum, so it may be a NaN of another sequence.
 from math import exp, log1p
 
 import numpy as np
-from numba import njit
 
+from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops.ssd.cpu_buffers import (
     CHUNK,
     add_columns,
@@ -56,7 +56,7 @@ from ssmscan.ops.ssd.products import (
 STRETCH, SUMS = 256, 1 << 16
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _step(raw, softplus, low, high):
     """The step size, and its derivative by dt; beyond 20 softplus is taken for straight, as PyTorch does."""
     zero, one = type(raw)(0), type(raw)(1)
@@ -72,7 +72,7 @@ def _step(raw, softplus, low, high):
     return size, slope
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def steps(out, dt, A, bias, softplus, low, high, number, batch, begin):
     """Step sizes and decays, (2, b, l, h), of a stretch of tokens."""
     for t in range(begin, min(begin + STRETCH, dt.shape[1])):
@@ -82,7 +82,7 @@ def steps(out, dt, A, bias, softplus, low, high, number, batch, begin):
             out[1, batch, t, head] = exp(size * A[head])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def step_gradients(ddt, dA, dbias, dsteps, dt, A, bias, softplus, low, high, number, batch, begin):
     """From the gradients of step sizes and log-decays; each stretch has its own part of dA and of dbias."""
     for t in range(begin, min(begin + STRETCH, dt.shape[1])):
@@ -95,7 +95,7 @@ def step_gradients(ddt, dA, dbias, dsteps, dt, A, bias, softplus, low, high, num
             dbias[number, head] += gradient
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def forward(x, steps, B, C, D, chunks, final, y, per_group, reverse, part, batch, first, end):
     """The heads from ``first`` to ``end``, all of one group. ``final`` holds the initial states."""
     l, p, n, group = x.shape[1], x.shape[3], B.shape[3], first // per_group
@@ -136,7 +136,7 @@ def forward(x, steps, B, C, D, chunks, final, y, per_group, reverse, part, batch
     exchange(h, final, first, end, now, -1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _states(kept, x, steps, B, chunks, initial, group, reverse, batch, first, end):
     """The states that enter each chunk."""
     l, p, n = x.shape[1], x.shape[3], B.shape[3]
@@ -162,7 +162,7 @@ def _states(kept, x, steps, B, chunks, initial, group, reverse, batch, first, en
             add_product(after, Bs.T, xs, n, count, p)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def backward(
     x, steps, B, C, D, dy, chunks, initial, g, dx, dsteps, dB, dC, dD, per_group, reverse, part, batch, first, end
 ):  # fmt: skip
@@ -246,7 +246,7 @@ def backward(
     exchange(adjoints, g, first, end, now, -1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def total(parts, out, begin):
     """Sum the parts, (parts, size), of some elements."""
     to = out[begin : begin + SUMS]

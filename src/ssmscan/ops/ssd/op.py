@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import check_state, fused, leading_axes
-from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd import autograd, plain, reference
 from ssmscan.ops.ssd.autograd import Inputs, Options
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -84,21 +83,10 @@ def ssd(
         ([3.0, 4.5, 5.25], [1.75, 1.75])
     """
     check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
-    batch, l, heads, p = x.shape
-    n = B.shape[3]
+    check_flags("ssd", dt_softplus=dt_softplus, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    implementation = choose("ssd", backend, x.device.type, dtype)
-    if cu_seqlens is not None:
-        check_cu_seqlens("ssd", cu_seqlens, batch, l, x.device)
-        batch = cu_seqlens.shape[0] - 1
-    axes = ("b" if cu_seqlens is None else "s") + ", h, p, n"
-    check_shape("ssd", "h0", h0, axes, (batch, heads, p, n), "x, B and cu_seqlens")
-    sequence = None
-    if cu_seqlens is not None:
-        # States of zero are one number for each sequence: packed, there can be many of them.
-        state = x.new_zeros(batch, 1, 1, 1, dtype=dtype) if h0 is None else h0
-        sequence, state = pack(cu_seqlens, l, state)
-        h0 = state.expand(batch, heads, p, n)
+    state = (*x.shape[2:], B.shape[3])
+    implementation, sequence, h0 = enter("ssd", backend, x, dtype, cu_seqlens, h0, "h, p, n", state, "x and B")
     low, high = map(float, dt_limit)
     inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, low, high, reverse)
     if implementation == "reference":
@@ -179,10 +167,10 @@ def check(
     h: Tensor | None,
 ) -> None:
     """Refuse what is not a scan; ``token`` names the axes of batch and length."""
-    state = "h" if function.endswith("step") else "h0"
-    check_tensors(function, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias, state: h})
+    state = {"h" if function.endswith("step") else "h0": h}
+    check_tensors(function, {"x": x, "dt": dt, "A": A, "B": B, "C": C}, D=D, z=z, dt_bias=dt_bias, **state)
     check_rank(function, "x", x, token + "h, p")
-    check_rank(function, "B", B, token + "g, n")
+    check_rank(function, "B", B, token + "g, n", "For one group, pass B.unsqueeze(-2).")
     *outer, heads, p = x.shape
     groups, n = B.shape[-2:]
     check_shape(function, "dt", dt, token + "h", (*outer, heads), "x")
@@ -197,5 +185,12 @@ def check(
     if groups == 0 or heads % groups != 0:
         rule = f"the {heads} heads of x must be a multiple of the groups of B"
         raise ValueError(error(function, rule, groups, "Each group serves as many heads."))
+    _check_limit(function, dt_limit)
+
+
+def _check_limit(function: str, dt_limit: tuple[float, float]) -> None:
+    rule = "dt_limit must be a pair (least, largest)"
+    if not isinstance(dt_limit, tuple | list) or not all(isinstance(limit, int | float) for limit in dt_limit):
+        raise TypeError(error(function, f"{rule} of numbers", repr(dt_limit)))
     if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-        raise ValueError(error(function, "dt_limit must be a pair (least, largest)", dt_limit))
+        raise ValueError(error(function, rule, dt_limit))

@@ -2,17 +2,18 @@
 
 A tile of the result is held in registers: LLVM does not find that form by itself, so the innermost loop is written as
 vector instructions. Every element is the sum of its terms in their order, whatever the tiles are. Arrays have room for
-whole tiles (:func:`whole`); what lies beyond the rows and columns asked for has no meaning. Numba's cache does not see
-a change of this file: after one, touch the files whose kernels call it.
+whole tiles (:func:`whole`); what lies beyond the rows and columns asked for has no meaning.
 """
 
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ssmscan.ops._numba.compiled import compiled
 
 # A vector in bytes; LLVM makes it of two or four where the processor's are shorter.
 VECTOR = 64
@@ -59,13 +60,13 @@ def _tile(context: Any, out: Any, a: Any, b: Any, i: Any, j: Any, begin: Any, en
 _add_tile: Any = intrinsic(_tile)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def whole(size):
     """The size up to whole tiles, in either direction and any dtype."""
     return (size + 15) // 16 * 16
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_product(out, a, b, rows, inner, columns):
     """out[:rows, :columns] += a[:rows, :inner] · b[:inner, :columns]."""
     for j in range(0, columns, VECTOR // out.itemsize):
@@ -73,7 +74,7 @@ def add_product(out, a, b, rows, inner, columns):
             _add_tile(out, a, b, i, j, 0, inner)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_product_of_lower(out, a, b, rows, columns):
     """The same for a square ``a`` of zeros above its diagonal."""
     for j in range(0, columns, VECTOR // out.itemsize):
@@ -81,7 +82,7 @@ def add_product_of_lower(out, a, b, rows, columns):
             _add_tile(out, a, b, i, j, 0, min(i + ROWS, rows))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_product_of_upper(out, a, b, rows, columns):
     """The same for a square ``a`` of zeros below its diagonal."""
     for j in range(0, columns, VECTOR // out.itemsize):
@@ -89,7 +90,7 @@ def add_product_of_upper(out, a, b, rows, columns):
             _add_tile(out, a, b, i, j, i, rows)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_product_by_lower(out, a, b, rows, inner):
     """The same for a square ``b`` of zeros above its diagonal."""
     for j in range(0, inner, VECTOR // out.itemsize):
@@ -97,7 +98,7 @@ def add_product_by_lower(out, a, b, rows, inner):
             _add_tile(out, a, b, i, j, j, inner)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def add_lower_product(out, a, b, rows, inner):
     """Of a square ``out`` the tiles up to the diagonal."""
     for i in range(0, rows, ROWS):

@@ -50,6 +50,7 @@ CASE = OpCase(
     ),
     large=SSD.large,
     peak_memory=SSD.peak_memory,
+    host=Benchmark("host", {"b": 1, "l": 128, "h": 8, "p": 64, "g": 1, "n": 64}, SHARED),
     benchmarks=(
         Benchmark("headline", HEADLINE, SHARED),
         Benchmark("Hydra", HEADLINE, LAYER_OF_HYDRA),

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.backend import choose
-from ssmscan.ops.packing import check_cu_seqlens, pack
+from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd.bidirectional import autograd, plain, reference
 from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
 from ssmscan.ops.ssd.op import check
-from ssmscan.shapes import check_shape, check_tensors, state_dtype
+from ssmscan.shapes import check_flags, check_shape, check_tensors, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -94,19 +93,14 @@ def ssd_bidirectional(
     """
     name = "ssd_bidirectional"
     check(name, "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, None)
-    check_tensors(name, {"x": x, "dt_rev": dt_rev, "B_rev": B_rev, "C_rev": C_rev})
+    check_tensors(name, {"x": x}, dt_rev=dt_rev, B_rev=B_rev, C_rev=C_rev)
+    check_flags(name, shift=shift, dt_softplus=dt_softplus)
     check_shape(name, "dt_rev", dt_rev, "b, l, h", dt.shape, "dt")
     check_shape(name, "B_rev", B_rev, "b, l, g, n", B.shape, "B")
     check_shape(name, "C_rev", C_rev, "b, l, g, n", C.shape, "C")
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias)
-    implementation = choose(name, backend, x.device.type, dtype)
-    sequence = h0 = None
-    if cu_seqlens is not None:
-        batch, l, heads, p = x.shape
-        check_cu_seqlens(name, cu_seqlens, batch, l, x.device)
-        s = cu_seqlens.shape[0] - 1
-        sequence, state = pack(cu_seqlens, l, x.new_zeros(s, 1, 1, 1, dtype=dtype))
-        h0 = state.expand(s, heads, p, B.shape[3])
+    state = (*x.shape[2:], B.shape[3])
+    implementation, sequence, h0 = enter(name, backend, x, dtype, cu_seqlens, None, "h, p, n", state, "x and B")
     low, high = map(float, dt_limit)
     inputs = Inputs(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence)
     options = Options(dt_softplus, low, high, shift)

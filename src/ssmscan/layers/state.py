@@ -1,0 +1,137 @@
+"""States of layers: how a layer reads one and overwrites it, and what callers do with one.
+
+A state is a tensor, or a tuple (named or not) of states. Its first axis has a row for each sequence. Its tensors keep
+their addresses, so that a CUDA graph which was captured once goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+State = TypeVar("State")
+
+
+def advance(
+    operation: Callable[..., tuple[Tensor, Tensor]],
+    step: Callable[..., Tensor],
+    h: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: Mapping[str, Tensor | None],
+    **fixed: Any,
+) -> Tensor:
+    """Run an operation over ``tokens`` and leave the state after the last of them in ``h``.
+
+    Args:
+        operation: a sequence operation of :mod:`ssmscan.ops`.
+        step: its decode step, which one token without a derivative takes.
+        h: the state before the first token, overwritten without a gradient; None is zeros, and nothing is kept.
+        cu_seqlens: bounds of packed sequences, or None.
+        tokens: the operation's arguments with a time axis, (b, l, ...), by name; None where one is not given.
+        fixed: its other arguments.
+
+    Returns:
+        y, (b, l, ...).
+    """
+    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+    if h is None:
+        return operation(**tokens, **fixed, **packed)[0]
+    grad = torch.is_grad_enabled()
+    one = next(iter(tokens.values())).shape[1] == 1  # type: ignore[union-attr]
+    if one and cu_seqlens is None and not grad:
+        token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
+        return step(**token, **fixed, h=h).unsqueeze(1)
+    # The derivative needs the state that was read.
+    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, **packed)
+    overwrite(h, after)
+    return y
+
+
+@torch.no_grad()
+def overwrite(h: Tensor, after: Tensor) -> None:
+    """Leave the state ``after`` in ``h``, without its gradient."""
+    h.copy_(after)
+
+
+def write(memory: Tensor, index: tuple[Tensor, ...], values: Tensor) -> Tensor:
+    """Put ``values`` at ``index`` of a state, and return the state: with the values' gradient, where there is one."""
+    values = values.to(memory.dtype)
+    if not torch.is_grad_enabled():
+        return memory.index_put_(index, values)
+    after = memory.index_put(index, values)
+    overwrite(memory, after)
+    return after
+
+
+def recomputing() -> bool:
+    """Whether this runs within a backward: a forward there is one that activation checkpointing runs again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors of a state."""
+    if isinstance(state, Tensor):
+        yield state
+    else:
+        for part in state:
+            yield from tensors(part)
+
+
+def copy(state: State) -> State:
+    """A copy of a state, in memory of its own: what :func:`restore` goes back to.
+
+    Args:
+        state: what a layer's ``init_state`` made, or a tuple of such.
+
+    Returns:
+        The same structure with copied tensors.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import layers
+        >>> layer = layers.GatedSSM(4)
+        >>> state = layer.init_state(1)
+        >>> saved = layers.copy(state)
+        >>> _ = layer(torch.randn(1, 3, 4), state)
+        >>> layers.restore(state, saved)
+        >>> state.scan.abs().sum().item()
+        0.0
+    """
+    if isinstance(state, Tensor):
+        return state.detach().clone()  # type: ignore[return-value]
+    parts = [copy(part) for part in state]  # type: ignore[attr-defined]
+    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+def restore(state: State, saved: State) -> None:
+    """Overwrite a state in place with a copy that was saved from it.
+
+    Args:
+        state: overwritten.
+        saved: what :func:`copy` returned for it.
+    """
+    for tensor, value in zip(tensors(state), tensors(saved), strict=True):
+        tensor.copy_(value)
+
+
+@torch.no_grad()
+def reorder(state: State, index: Tensor) -> None:
+    """Make row i of a state what row ``index[i]`` was, in place: beams that go on from others.
+
+    Args:
+        state: overwritten.
+        index: a row for each row, (b,), int64 or int32.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan import layers
+        >>> state = layers.GatedSSM(1, expand=1).init_state(3)
+        >>> _ = state.scan.copy_(torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> layers.reorder(state, torch.tensor([2, 0, 0]))
+        >>> state.scan.flatten().tolist()
+        [3.0, 1.0, 1.0]
+    """
+    for tensor in tensors(state):
+        tensor.copy_(tensor.index_select(0, index))

@@ -1,0 +1,405 @@
+"""SSMForCausalLM: embedding, blocks, norm, head, as a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from ssmscan.layers import MLP, Block, RMSNorm
+from ssmscan.models.cache import SSMCache
+from ssmscan.models.configuration import SSMConfig
+from ssmscan.models.initialization import draw, wide_patterns
+from ssmscan.models.mixers import build_mixer
+from ssmscan.shapes import INDEX, check_rank, error
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+# The cache's name in what a forward is given and returns: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
+
+
+class SSMBlock(GradientCheckpointingLayer, Block):
+    """A block whose activations transformers can recompute in the backward."""
+
+    def __init__(self, name: str, config: SSMConfig) -> None:
+        width, eps = config.hidden_size, config.norm_eps
+        mlp = {}
+        if config.intermediate_size:
+            mlp = {"mlp": MLP(width, config.intermediate_size), "norm2": RMSNorm(width, eps)}
+        super().__init__(
+            build_mixer(name, config), RMSNorm(width, eps), **mlp, residual_in_fp32=config.residual_in_fp32
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, scale: float) -> None:
+        """Draw all parameters, and what ends a residual branch smaller by ``scale``."""
+        for part in self.children():
+            part.reset_parameters()
+        for end in (self.mixer.out_proj, *([] if self.mlp is None else [self.mlp.fc2])):
+            end.weight.mul_(scale)
+
+
+class SSMPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of the models, with and without the head."""
+
+    config_class = SSMConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("SSMBlock",)
+    # A state cannot go back, so generate refuses to let another model draft.
+    _is_stateful = True
+
+    def post_init(self) -> None:
+        # For from_pretrained, which gives parameters their dtype without asking the layers.
+        self._keep_in_fp32_modules_strict = wide_patterns(self)
+        super().post_init()
+
+
+class SSMModel(SSMPreTrainedModel):
+    """The model without its head: embedding, blocks, and the last norm.
+
+    Args:
+        config: the model's shape.
+
+    The forward takes what that of :class:`SSMForCausalLM` does but labels and logits_to_keep, and returns
+    ``last_hidden_state``, (b, l, m), after the last norm.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan.models import SSMConfig, SSMModel
+        >>> model = SSMModel(SSMConfig(vocab_size=11, hidden_size=8, mixers=["mamba"]))
+        >>> model(torch.zeros(2, 5, dtype=torch.int64)).last_hidden_state.shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, config: SSMConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(SSMBlock(name, config) for name in config.mixers)
+        self.norm_f = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    def initialize_weights(self) -> None:
+        """Draw what was not loaded, as the Mamba papers do.
+
+        What ends one of n residual branches is smaller by 1/√n: the stream's variance does not grow with the depth.
+        transformers calls this, and its own walk would pass over the blocks, which have no parameter of their own.
+        """
+        branches = len(self.layers) * (2 if self.config.intermediate_size else 1)
+        draw(self.embeddings, lambda: nn.init.normal_(self.embeddings.weight, std=self.config.initializer_range))
+        for block in self.layers:
+            draw(block, lambda block=block: block.reset_parameters(branches**-0.5))
+        draw(self.norm_f, self.norm_f.reset_parameters)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> SSMCache:
+        """The states of all layers before the first token of ``batch_size`` sequences.
+
+        Only attention takes note of ``max_length``, the number of tokens that it has room for at first. Its room grows
+        when it is used up.
+        """
+        return SSMCache([block.mixer for block in self.layers], batch_size, max_length)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b total"] | None = None,
+        inputs_embeds: Float[Tensor, "b l m"] | None = None,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        cache: SSMCache | None = None,
+        past_key_values: SSMCache | None = None,
+        cache_params: SSMCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        x = self._embed(input_ids, inputs_embeds)
+        mask = _mask(attention_mask, x, cu_seqlens)
+        given = next((name for name in (cache, past_key_values, cache_params) if name is not None), None)
+        cache = self._cache(given, x.shape[0], cu_seqlens is not None, use_cache)
+        if cache is not None:
+            cache.make_room(x.shape[1])
+        streams = []
+        for i, block in enumerate(self.layers):
+            streams.append(x)
+            x = block(x, None if cache is None else cache.layers[i].state, cu_seqlens, mask)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        x = self.norm_f(x)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=(*streams, x) if output_hidden_states else None,
+            **{CACHE: cache},
+        )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(error("SSMModel", "input_ids or inputs_embeds must be given", got))
+        if inputs_embeds is not None:
+            check_rank("SSMModel", "inputs_embeds", inputs_embeds, "b, l, m")
+            return inputs_embeds
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in INDEX:
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(error("SSMModel", "input_ids must be an int32 or int64 tensor", got))
+        check_rank("SSMModel", "input_ids", input_ids, "b, l")
+        return self.embeddings(input_ids)
+
+    def _cache(self, given: object, batch_size: int, packed: bool, use_cache: bool | None) -> SSMCache | None:
+        """The cache that this forward reads and overwrites: the given one, or a new one where one is wanted."""
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputed and (given is not None or use_cache):
+            raise RuntimeError(
+                error(
+                    "SSMModel",
+                    "cache must be None under gradient checkpointing",
+                    type(given).__name__ if given is not None else "use_cache=True",
+                    "States would advance twice.",
+                )
+            )
+        if given is not None:
+            if not isinstance(given, SSMCache):
+                advice = "Make it with model.make_cache(batch_size)."
+                raise TypeError(error("SSMModel", "cache must be an SSMCache", type(given).__name__, advice))
+            return given
+        if use_cache is None:
+            causal = all(getattr(block.mixer, "causal", True) for block in self.layers)
+            use_cache = self.config.use_cache and causal and not self.training and not packed
+        return self.make_cache(batch_size) if use_cache else None
+
+
+class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
+    """A language model: scores of every next token from the tokens so far.
+
+    Args:
+        config: the model's shape.
+
+    It is a transformers model: ``from_pretrained``, ``save_pretrained``, ``generate``, ``Trainer`` and PEFT take it.
+    The forward takes
+
+    - input_ids: (b, l), int32 or int64, in 0 … v-1;
+    - attention_mask: (b, total), 0 where a sequence is padded; the last l columns are those of the tokens given now;
+    - inputs_embeds: (b, l, m), in place of input_ids;
+    - labels: (b, l), the tokens themselves, -100 where there is none to be learned; the loss is then the mean over
+      all tokens of what is known of each from those before it;
+    - cu_seqlens: bounds of s packed sequences in a batch of one, as in :func:`ssmscan.linear_scan`;
+    - cache: what :meth:`make_cache` or an earlier forward returned, read first and overwritten in place, for a single
+      token as for a chunk of any length. ``past_key_values`` and ``cache_params`` are transformers' older names;
+    - use_cache: make a cache and return it. Default: ``config.use_cache``, but not in training and not when packed;
+    - output_hidden_states: return the stream before each block, and after the last norm;
+    - logits_to_keep: compute the logits of this many last tokens only, or those that a tensor of indices names;
+
+    and returns ``logits``, (b, l, v), in float32, with ``loss``, ``hidden_states`` and the cache when asked for.
+
+    Raises:
+        TypeError: tokens that are not int32 or int64, a cache that is not an :class:`SSMCache`.
+        ValueError: a wrong shape.
+        NotImplementedError: a mask with packed sequences; positions without ``cu_seqlens``.
+        RuntimeError: a cache under gradient checkpointing.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan.models import SSMConfig, SSMForCausalLM
+        >>> model = SSMForCausalLM(SSMConfig(vocab_size=11, hidden_size=8, mixers=["mamba2", "attention"],
+        ...     mixer_options={"mamba2": {"headdim": 8}, "attention": {"num_heads": 2}}))
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> model(tokens).logits.shape
+        torch.Size([2, 5, 11])
+        >>> model.eval().generate(tokens, max_new_tokens=3, do_sample=False).shape
+        torch.Size([2, 8])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: SSMConfig) -> None:
+        super().__init__(config)
+        self.backbone = SSMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def initialize_weights(self) -> None:
+        """Draw what was not loaded, as the Mamba papers do."""
+        self.backbone.initialize_weights()
+        if not self.config.tie_word_embeddings:
+            draw(self.lm_head, self.lm_head.reset_parameters)
+
+    def make_cache(self, batch_size: int, max_length: int | None = None) -> SSMCache:
+        """The states of all layers before the first token of ``batch_size`` sequences.
+
+        Only attention takes note of ``max_length``, the number of tokens that it has room for at first. Its room grows
+        when it is used up.
+        """
+        return self.backbone.make_cache(batch_size, max_length)
+
+    def export_pretrained(
+        self, path: str | Path, layout: Literal["transformers", "state-spaces"] = "transformers"
+    ) -> None:
+        """Write the model as others read it; ``save_pretrained`` writes it as we do.
+
+        Args:
+            path: a folder, made where it does not exist.
+            layout: "transformers" for its ``MambaForCausalLM``, ``Mamba2ForCausalLM`` and ``FalconMambaForCausalLM``,
+                in safetensors; "state-spaces" for the code of the Mamba papers, in ``pytorch_model.bin``.
+
+        Raises:
+            ValueError: an unknown layout.
+            NotImplementedError: a model that the layout has no words for.
+        """
+        from ssmscan.models.checkpoints.load import export_pretrained
+
+        export_pretrained(self, path, layout)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """False: transformers' caches hold other states."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Begin with our cache, so that a long prompt can be read in chunks."""
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            model_kwargs[CACHE] = self.make_cache(rows)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """A step's arguments. generate reads the names here: which arguments there are, and that others go to forward.
+
+        Tokens that generate adds are never padding, so after the prompt there is no mask.
+        """
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            *args,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # A chunk of the prompt comes without a length.
+        if next_sequence_length == 1 and not is_first_iteration:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b l"] | None = None,
+        attention_mask: Bool[Tensor, "b total"] | None = None,
+        inputs_embeds: Float[Tensor, "b l m"] | None = None,
+        labels: Int[Tensor, "b l"] | None = None,
+        cu_seqlens: Int[Tensor, " s+1"] | None = None,
+        cache: SSMCache | None = None,
+        past_key_values: SSMCache | None = None,
+        cache_params: SSMCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **loss_arguments: Any,
+    ) -> CausalLMOutputWithPast:
+        # What transformers' collator of packed sequences says beside, and instead of, positions.
+        cu_seqlens = loss_arguments.pop("cu_seq_lens_q", cu_seqlens)
+        if loss_arguments.pop("position_ids", None) is not None and cu_seqlens is None:
+            raise NotImplementedError(
+                error(
+                    "SSMForCausalLM",
+                    "position_ids must come with cu_seqlens",
+                    "positions alone",
+                    "Use DataCollatorWithFlattening(return_flash_attn_kwargs=True), or leave them out.",
+                )
+            )
+        outputs = self.backbone(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            cu_seqlens,
+            cache,
+            past_key_values,
+            cache_params,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
+        )
+        x = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept].to(self.lm_head.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                labels = _without_first(labels, cu_seqlens)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
+        )
+
+
+def _mask(attention_mask: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The columns of ``attention_mask`` that are about the tokens of ``x``."""
+    if attention_mask is None:
+        return None
+    if cu_seqlens is not None:
+        raise NotImplementedError(
+            error("SSMModel", "attention_mask must be None with cu_seqlens", "both", "Pack without padding.")
+        )
+    rows, length = x.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise ValueError(
+            error(
+                "SSMModel",
+                f"attention_mask must have shape (b, total) with b = {rows} and total of at least {length}",
+                tuple(attention_mask.shape),
+            )
+        )
+    return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def _without_first(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``labels`` of packed sequences without the first token of each, which nothing before it foretells."""
+    # An empty sequence at the end starts behind the last token.
+    return F.pad(labels, (0, 1)).index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+
+
+AutoConfig.register(SSMConfig.model_type, SSMConfig)
+AutoModel.register(SSMConfig, SSMModel)
+AutoModelForCausalLM.register(SSMConfig, SSMForCausalLM)
