@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.registration import needs_grad, observed
-from ssmscan.shapes import INDEX, check_shape, error
+from ssmscan.shapes import INDEX, check_dense, check_shape, error
 
 # The output of one token, and the state after it, from the inputs of the token and the state before it.
 Token = Callable[..., tuple[Tensor, Tensor]]
@@ -36,13 +36,11 @@ def check_state(
     With ``state_indices`` it has any number of them, and the indices are rows of it, or -1. On a GPU their values are
     not read here, for that would stall the stream: what is no row of ``h`` is as -1 then.
     """
-    for name, tensor in (("h", h), ("state_indices", state_indices)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name == "h"):
-            got = type(tensor).__name__
-            raise TypeError(error(function, f"{name} must be a torch.Tensor", got, "Use torch.tensor."))
+    check_dense(function, "h", h)
     if state_indices is None:
         check_shape(function, "h", h, f"b, {axes}", (b, *shape), "x")
         return
+    check_dense(function, "state_indices", state_indices)
     if state_indices.dtype not in INDEX:
         raise TypeError(error(function, "state_indices must be int32 or int64", state_indices.dtype, "Convert it."))
     check_shape(function, "state_indices", state_indices, "b", (b,), "x")
@@ -50,7 +48,7 @@ def check_state(
         rule = f"state_indices must be on the device of h, {h.device}"
         raise ValueError(error(function, rule, state_indices.device, "Move it there."))
     check_shape(function, "h", h, f"rows, {axes}", (*h.shape[:1], *shape), "x")
-    if h.device.type == "cpu" and not observed((h,)):
+    if h.is_cpu and not observed((h, state_indices)):
         rows = h.shape[0]
         for index in state_indices.tolist():
             if not -1 <= index < rows:
