@@ -6,9 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssmscan.ops._numba.parallel import empty, run
-from ssmscan.ops.chunks import cut
 from ssmscan.ops.ssd import cpu_kernels
-from ssmscan.ops.ssd.cpu_buffers import CHUNK
 from ssmscan.shapes import state_dtype
 
 # Parts of a group's heads, each of which sums its own dB and dC: for as many threads, and the same for any number.
@@ -37,7 +35,7 @@ def forward(
     final = _filled(_shape(x, B, h0), dtype, h0)
     y = empty(*x.shape, dtype=dtype)
     inputs = _inputs(x, dt, A, B, C, D, dt_bias, softplus, low, high, dtype)
-    chunks = _chunks(sequence, final.shape[0], x.shape[1], reverse)
+    chunks = _chunks(inputs[1], sequence, reverse)
     _, parts = _parts(x, B)
     run(cpu_kernels.forward, parts, *inputs, chunks, final.numpy(), y.numpy(), _per_group(x, B), reverse)
     if z is not None:
@@ -78,7 +76,7 @@ def backward(
     dBs, dCs = empty(2, splits, *B.shape, dtype=dtype)
     dDs = _filled((batch, heads, p), dtype)
     inputs = _inputs(wide, dt, A, B, C, D, dt_bias, softplus, low, high, dtype)
-    chunks = _chunks(sequence, g.shape[0], l, reverse)
+    chunks = _chunks(inputs[1], sequence, reverse)
     outputs = (v.numpy() for v in (g, dx, dsteps, dBs, dCs, dDs))
     run(
         cpu_kernels.backward, parts, *inputs, dy.contiguous().numpy(), chunks, start.numpy(), *outputs,
@@ -92,10 +90,10 @@ def backward(
         *_rates(dt, A, dt_bias, dtype), softplus, low, high,
     )  # fmt: skip
     dA = dAs.sum(0).to(A.dtype)
-    dD = torch.empty(0) if D is None else dDs.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
-    dbias = torch.empty(0) if dt_bias is None else dbiases.sum(0).to(dt_bias.dtype)
+    dD = dDs.new_empty(0) if D is None else dDs.sum(0 if D.dim() == 2 else (0, 2)).to(D.dtype)
+    dbias = dbiases.new_empty(0) if dt_bias is None else dbiases.sum(0).to(dt_bias.dtype)
     dB, dC = _total(dBs).to(B.dtype), _total(dCs).to(C.dtype)
-    dh0 = g if initial else torch.empty(0, dtype=dtype)
+    dh0 = g if initial else g.new_empty(0)
     return dx.to(x.dtype), ddt.to(dt.dtype), dA, dB, dC, dD, dz, dbias, dh0
 
 
@@ -124,7 +122,7 @@ def _inputs(
     steps = empty(2, *dt.shape, dtype=dtype)
     rates = _rates(dt, A, dt_bias, dtype)
     run(cpu_kernels.steps, _stretches(dt), steps.numpy(), *rates, softplus, low, high)
-    skip = torch.empty(0, 0) if D is None else D.view(x.shape[2], -1).expand(*x.shape[2:])
+    skip = x.new_empty(0, 0) if D is None else D.view(x.shape[2], -1).expand(*x.shape[2:])
     return _arrays(dtype, x, steps, B, C, skip)
 
 
@@ -134,7 +132,7 @@ def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
 
 def _rates(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dtype: torch.dtype) -> list[np.ndarray]:
     """What the steps are made of."""
-    return _arrays(dtype, dt, A, torch.zeros(A.shape) if dt_bias is None else dt_bias)
+    return _arrays(dtype, dt, A, A.new_zeros(A.shape) if dt_bias is None else dt_bias)
 
 
 def _stretches(dt: Tensor) -> list[tuple[int, int, int]]:
@@ -154,15 +152,10 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype, values: Tensor | None = 
     return out
 
 
-def _chunks(sequence: Tensor | None, s: int, l: int, reverse: bool) -> np.ndarray:
-    """The first position in scan order, the length and the sequence of each chunk, (chunks, 3)."""
-    if sequence is None:
-        begin = torch.arange(0, l, CHUNK)
-        chunks = torch.stack((begin, (l - begin).clamp(max=CHUNK), torch.zeros_like(begin)), 1)
-    else:
-        begin, length, owner, *_ = cut(sequence, s, CHUNK, reverse)
-        chunks = torch.stack((begin, length, owner), 1)[length > 0]
-    return chunks.numpy()
+def _chunks(steps: np.ndarray, sequence: Tensor | None, reverse: bool) -> np.ndarray:
+    """The chunks of all heads, (chunks, 3)."""
+    owner = np.zeros(steps.shape[2], np.int32) if sequence is None else sequence.numpy()
+    return cpu_kernels.cut(steps[1], owner, reverse)
 
 
 def _parts(x: Tensor, B: Tensor) -> tuple[int, list[tuple[int, int, int, int]]]:
