@@ -41,7 +41,7 @@ def enter(
         The backend that runs, the sequence number of each token and the initial states. Of packed sequences without
         h0 these are zeros, expanded from one number for each sequence, as there can be many.
     """
-    implementation = choose(function, backend, x.device.type, dtype)
+    implementation = choose(function, backend, x.device.type, dtype.to_real() if dtype.is_complex else dtype)
     count = check_sequences(function, x, cu_seqlens, h0, axes, state, sources)
     if cu_seqlens is None:
         return implementation, None, h0

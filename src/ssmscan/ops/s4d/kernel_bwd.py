@@ -111,7 +111,7 @@ def gram(x: Tensor, dy: Tensor, h: Tensor, g: Tensor, dtype: torch.dtype) -> tup
 def backward(
     inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    x, z, B, C, D, h0 = inputs
+    x, z, B, C, D, h0, _ = inputs
     b, l, d = x.shape
     dtype = C.dtype
     dz, dB, dC = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (z, B, C))

@@ -200,7 +200,7 @@ def entrance(s: System, z: Tensor, h0: Tensor, first: int) -> tuple[Tensor, Tens
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    x, z, B, C, D, h0 = inputs
+    x, z, B, C, D, h0, _ = inputs
     b, l, d = x.shape
     if b * l * d == 0:
         return x.new_zeros(b, l, d), C.new_zeros(b, *C.shape) if h0 is None else h0.clone()
