@@ -126,7 +126,7 @@ class S4D(Mixer):
         dtype = self.state_dtype()
         if self.complex:
             dtype = torch.complex128 if dtype is torch.float64 else torch.complex64
-        return S4DState(Kept((self.d_model, self.n), dtype))  # type: ignore[arg-type]
+        return S4DState._make([Kept((self.d_model, self.n), dtype)])
 
     def forward(
         self,
