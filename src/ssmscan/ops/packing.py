@@ -15,7 +15,6 @@ from ssmscan.backend import choose
 from ssmscan.ops.registration import observed
 from ssmscan.shapes import INDEX, check_dense, check_shape, error
 
-
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 

@@ -15,33 +15,33 @@ class Layout(NamedTuple):
     """The chunks of s sequences in scan order."""
 
     begin: Tensor  # the first chunk of each sequence, (s,)
-    count: Tensor  # how many it has, (s,)
+    chunks: Tensor  # how many it has, (s,)
     length: Tensor  # its tokens, (s,)
     sequence: Tensor  # whose each token is, (l,)
     place: Tensor  # and the how manieth there in scan order, (l,)
     rows: int  # chunks that there is room for
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Which chunks are a sequence's first, and whose each is, both (rows,); of what is left over nothing is read."""
+        """Which chunks are a sequence's first, and whose each is, both (rows,); what is left over is not read."""
         row = torch.arange(self.rows, device=self.begin.device)
-        owner = torch.searchsorted(self.begin + self.count, row, right=True).clamp(max=self.begin.shape[0] - 1)
+        owner = torch.searchsorted(self.begin + self.chunks, row, right=True).clamp(max=self.begin.shape[0] - 1)
         return row == self.begin[owner], owner
 
-    def index(self, in_front: bool) -> Tensor:
+    def tokens(self, in_front: bool) -> Tensor:
         """Where each token lies, (l,), if a sequence is filled up with zeros ``in_front`` of it, or else behind it."""
         start = self.begin * CHUNK
         if in_front:
-            start = start + self.count * CHUNK - self.length
+            start = start + self.chunks * CHUNK - self.length
         return start[self.sequence] + self.place
 
     def lay(self, x: Tensor, in_front: bool) -> Tensor:
         """x (1, l, d) as (d, 1, 64·rows)."""
         chunks = x.new_zeros(x.shape[2], self.rows * CHUNK)
-        return chunks.index_copy(1, self.index(in_front), x[0].t())[:, None]
+        return chunks.index_copy(1, self.tokens(in_front), x[0].t())[:, None]
 
     def gather(self, y: Tensor, in_front: bool) -> Tensor:
         """The inverse of :meth:`lay`."""
-        return y[:, 0].index_select(1, self.index(in_front)).t()[None]
+        return y[:, 0].index_select(1, self.tokens(in_front)).t()[None]
 
 
 def packed(sequence: Tensor, s: int, reverse: bool) -> Layout:

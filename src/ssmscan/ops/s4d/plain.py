@@ -1,8 +1,8 @@
 """Both modes in plain PyTorch, differentiable any number of times, on any device.
 
 In chunks of 64 steps the scan is matrix products for all chunks at once, and a recurrence over the chunks' states. By
-FFT what the inputs drive is computed from a zero state, and what the initial state leaves behind is added to it. At most
-n/64 times the input's size is stored, never (b, l, d, n). Packed sequences always go by chunks: their lengths are not
+FFT what the inputs drive is computed from a zero state, and what the initial state leaves behind is added. At most n/64
+times the input's size is stored, never (b, l, d, n). Packed sequences always go by chunks: their lengths are not
 known on the host, and an FFT would mix them.
 """
 
@@ -79,12 +79,12 @@ def _by_chunks(
         tail = X[:, :, -1, :r] @ reals(V[:, CHUNK - r :])
         final = (z * r).exp().to(C.dtype) * entering[:, -1] + complexes(tail, C.dtype).transpose(0, 1)
         return y[:, :, :l].permute(1, 2, 0), final
-    kept, last = remainder(layout.length), layout.begin + (layout.count - 1).clamp(min=0)
+    kept, last = remainder(layout.length), layout.begin + (layout.chunks - 1).clamp(min=0)
     column = torch.arange(CHUNK, device=x.device) + (kept - CHUNK)[:, None]
     tail = X[:, 0, last].gather(2, column.clamp(min=0).expand(d, -1, -1))
     tail = complexes(torch.where(column >= 0, tail, 0) @ reals(V), C.dtype).transpose(0, 1)
     final = (z * kept[:, None, None]).exp().to(C.dtype) * entering[0, last] + tail
-    return layout.gather(y, in_front=False), torch.where((layout.count == 0)[:, None, None], h, final)
+    return layout.gather(y, in_front=False), torch.where((layout.chunks == 0)[:, None, None], h, final)
 
 
 def _by_fft(x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
