@@ -108,11 +108,3 @@ def check_shape(
                 tuple(tensor.shape),
             )
         )
-
-
-def check_state(function: str, name: str, h: Tensor, axes: str, expected: Sequence[int], dtype: torch.dtype) -> None:
-    """``h`` can be updated in place: the shape ``expected``, and the dtype in which states are kept."""
-    check_dense(function, name, h)
-    check_shape(function, name, h, axes, expected, "x")
-    if h.dtype is not dtype:
-        raise TypeError(error(function, f"{name} must be {dtype}, the dtype of states", h.dtype, "Convert it once."))

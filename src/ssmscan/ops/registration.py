@@ -99,7 +99,9 @@ class Operator:
         seen = observed(inputs)
         if not seen:
             self._refuse_transforms(inputs, backend)
-        if needs_grad(*inputs[: self.differentiable]):
+        # The tracer repeats the call without gradients, and wants the same operator.
+        traced = seen and torch._C._get_tracing_state() is not None
+        if traced or needs_grad(*inputs[: self.differentiable]):
             if not seen:
                 return _Eager.apply(self, options, backend, *inputs)
             results = self.saving(*inputs, *options, backend)

@@ -125,3 +125,11 @@ def test_many_segments(monkeypatch, lengths):
     _in_segments(monkeypatch)
     setting = Setting("many", h0=True, lengths=lengths)
     _check(CASE.call(ALL, {"b": 1, "l": 275, "d": 3}, setting).cast(torch.float32))
+
+
+def test_forward_mode_of_the_torch_backend():
+    x, a = torch.ones(1, 3, 1), torch.full((1, 3, 1), 0.5)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda x: linear_scan(x, a, backend="torch")[0], x, strategy="forward-mode", vectorize=True
+    )
+    assert jacobian.view(3, 3).tolist() == [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1]]

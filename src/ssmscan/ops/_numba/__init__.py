@@ -1,1 +1,1 @@
-"""What the Numba kernels share: running them on threads, and seeing tensors as flat arrays."""
+"""What the Numba kernels share: their compilation, running them on threads, and tensors seen as arrays."""

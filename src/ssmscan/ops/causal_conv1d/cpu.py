@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -155,9 +156,9 @@ def backward(
         dz = torch.ops.aten.silu_backward(dz, z)
     dx = empty(batch, l, d, dtype=dtype)
     dh0 = empty(0 if h0 is None else h.shape[0], w - 1, d, dtype=dtype)
-    sums = torch.zeros(batch if needs[1] or needs[2] else 0, w + 1, d, dtype=torch.float64)
+    sums = filled((batch if needs[1] or needs[2] else 0, w + 1, d), torch.float64)
     (flat, flat_dz), strides = rows((x, dz), x.shape, dtype)
-    gradient = torch.empty(0, w - 1, d, dtype=dtype) if dh is None else dh.to(dtype).contiguous()
+    gradient = empty(0, w - 1, d, dtype=dtype) if dh is None else dh.to(dtype).contiguous()
     run(
         _backward,
         split(batch, d),
@@ -186,7 +187,8 @@ def backward(
 def _state(x: Tensor, weight: Tensor, h0: Tensor | None, bounds: Tensor | None, dtype: torch.dtype) -> Tensor:
     if h0 is not None:
         return h0.to(dtype).contiguous()
-    return torch.zeros(x.shape[0] if bounds is None else len(bounds) - 1, weight.shape[1] - 1, x.shape[2], dtype=dtype)
+    count = x.shape[0] if bounds is None else len(bounds) - 1
+    return filled((count, weight.shape[1] - 1, x.shape[2]), dtype)
 
 
 def _taps(weight: Tensor, dtype: torch.dtype) -> np.ndarray:

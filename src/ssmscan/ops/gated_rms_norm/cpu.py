@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import empty, run
+from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -108,7 +109,7 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
     parts = _parts(n)
     dx = empty(*x.shape, dtype=dtype)
     dgate = empty(*(x.shape if z is not None else (0, d)), dtype=dtype)
-    total = torch.zeros(len(parts), d, dtype=dtype)
+    total = filled((len(parts), d), dtype)
     if x.numel() > 0:
         run(
             _backward,

@@ -75,9 +75,9 @@ def gated_rms_norm(
         raise TypeError(error("gated_rms_norm", "eps must be a number", repr(eps)))
     if not eps > 0:
         raise ValueError(error("gated_rms_norm", "eps must be above 0", eps))
-    size = d if group_size is None else group_size
-    if not isinstance(size, int | torch.SymInt):
+    if group_size is not None and not isinstance(group_size, int | torch.SymInt):
         raise TypeError(error("gated_rms_norm", "group_size must be an integer or None", repr(group_size)))
+    size = d if group_size is None else group_size
     # No channels, no groups.
     if d > 0 and (size <= 0 or d % size != 0):
         raise ValueError(error("gated_rms_norm", f"group_size must divide d = {d}", group_size))

@@ -7,19 +7,13 @@ row of ones read with stride zero. A state row belongs to a sequence, so packing
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.linear_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
-
-
-@compiled
-def _row(array, strides, i, t, first, end):
-    start = i * strides[0] + t * strides[1]
-    return array[start + first : start + end]
 
 
 @compiled
@@ -31,10 +25,10 @@ def _forward(x, a, b, c, strides, owner, h, y, states, l, d, reverse, i, first, 
         hr = h[sequence, first:end]
         if states.size > 0 and k % SPAN == 0:
             states[i, k // SPAN, first:end] = hr
-        xr = _row(x, strides[0], i, t, first, end)
-        ar = _row(a, strides[1], i, t, first, end)
-        br = _row(b, strides[2], i, t, first, end)
-        cr = _row(c, strides[3], i, t, first, end)
+        xr = row(x, strides[0], i, t, first, end)
+        ar = row(a, strides[1], i, t, first, end)
+        br = row(b, strides[2], i, t, first, end)
+        cr = row(c, strides[3], i, t, first, end)
         yr = y[i, t, first:end]
         for j in range(width):
             hr[j] = ar[j] * hr[j] + br[j] * xr[j]
@@ -54,24 +48,24 @@ def _backward(x, a, b, c, dy, strides, owner, h0, states, g, dx, da, db, dc, l, 
             if owner.size > 0 and k > start and owner[t] != owner[t + 1 if reverse else t - 1]:
                 before[k - start] = h0[owner[t], first:end]
             hr, after = before[k - start], before[k - start + 1]
-            xr = _row(x, strides[0], i, t, first, end)
-            ar = _row(a, strides[1], i, t, first, end)
-            br = _row(b, strides[2], i, t, first, end)
+            xr = row(x, strides[0], i, t, first, end)
+            ar = row(a, strides[1], i, t, first, end)
+            br = row(b, strides[2], i, t, first, end)
             for j in range(width):
                 after[j] = ar[j] * hr[j] + br[j] * xr[j]
             if dc.size > 0:
-                dyr, dcr = _row(dy, strides[4], i, t, first, end), dc[i, t, first:end]
+                dyr, dcr = row(dy, strides[4], i, t, first, end), dc[i, t, first:end]
                 for j in range(width):
                     dcr[j] = dyr[j] * after[j]
         for k in range(stop - 1, start - 1, -1):
             t = l - 1 - k if reverse else k
             sequence = i if owner.size == 0 else owner[t]
             gr, hr = g[sequence, first:end], before[k - start]
-            xr = _row(x, strides[0], i, t, first, end)
-            ar = _row(a, strides[1], i, t, first, end)
-            br = _row(b, strides[2], i, t, first, end)
-            cr = _row(c, strides[3], i, t, first, end)
-            dyr = _row(dy, strides[4], i, t, first, end)
+            xr = row(x, strides[0], i, t, first, end)
+            ar = row(a, strides[1], i, t, first, end)
+            br = row(b, strides[2], i, t, first, end)
+            cr = row(c, strides[3], i, t, first, end)
+            dyr = row(dy, strides[4], i, t, first, end)
             for j in range(width):
                 gr[j] += cr[j] * dyr[j]
             if dx.size > 0:
@@ -95,7 +89,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     log, reverse = options
     batch, l, d = x.shape
     dtype = state_dtype(x, decay, b, c, h0)
-    h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
+    h = filled((batch, d), dtype, h0)
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
     arrays, strides = rows((x, decay.exp() if log else decay, b, c), x.shape, dtype)
@@ -104,7 +98,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
         split(batch, d),
         *arrays,
         strides,
-        _owner(sequence),
+        owners(sequence),
         h.numpy(),
         y.numpy(),
         states.numpy(),
@@ -124,16 +118,15 @@ def backward(
     dtype = states.dtype
     a = decay.exp() if log else decay
     arrays, strides = rows((x, a, b, c, dy), x.shape, dtype)
-    shape = (batch if h0 is None else h0.shape[0], d)
-    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
-    start = torch.empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
+    g = filled((batch if h0 is None else h0.shape[0], d), dtype, dh)
+    start = empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
     gradients = [empty(batch if need else 0, l, d, dtype=dtype) for need in needs[:4]]
     run(
         _backward,
         split(batch, d),
         *arrays,
         strides,
-        _owner(sequence),
+        owners(sequence),
         start.numpy(),
         states.numpy(),
         g.numpy(),
@@ -146,8 +139,3 @@ def backward(
         gradients[1] *= a
     dx, da, db, dc = (v.to(t.dtype) if t is not None else v for v, t in zip(gradients, (x, decay, b, c), strict=True))
     return dx, da, db, dc, g if h0 is not None else g[:0]
-
-
-def _owner(sequence: Tensor | None) -> np.ndarray:
-    """The sequence number of each token; empty without packing."""
-    return np.empty(0, np.int32) if sequence is None else sequence.numpy()

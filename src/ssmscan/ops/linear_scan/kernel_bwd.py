@@ -89,7 +89,6 @@ def _tile(
                 g = tl.where(ended, 0.0, g)
             else:
                 g = tl.where(ended, final[i].to(tl.float32), g)
-            product = tl.where(ended, 0.0, product)
         decay = decays[i].to(tl.float32)
         if LOG:
             decay = tl.exp(decay)

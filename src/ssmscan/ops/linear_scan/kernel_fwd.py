@@ -52,7 +52,6 @@ def _tile(
     for i in tl.static_range(16):
         if sequence is not None:
             h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
-            product = tl.where((first >> i) & 1 != 0, 0.0, product)
         decay = decays[i].to(tl.float32)
         if LOG:
             decay = tl.exp(decay)

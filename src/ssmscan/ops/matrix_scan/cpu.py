@@ -7,11 +7,11 @@ state belongs to a sequence, so packing needs no special case.
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, owners, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.matrix_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -85,7 +85,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     (reverse,) = options
     batch, l, r, c = x.shape
     dtype = state_dtype(x, log_a, h0)
-    h = torch.zeros(batch, r, c, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
+    h = filled((batch, r, c), dtype, h0)
     y = empty(batch, l, r, c, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), r, c, dtype=dtype)
     arrays, strides = rows((x.flatten(2), log_a.to(dtype).exp()), x.shape, dtype)
@@ -94,7 +94,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
         _parts(batch, r, c),
         *arrays,
         strides,
-        _owner(sequence),
+        owners(sequence),
         h.flatten(1).numpy(),
         y.flatten(2).numpy(),
         states.flatten(2).numpy(),
@@ -113,8 +113,7 @@ def backward(
     batch, l, r, c = x.shape
     dtype = states.dtype
     arrays, strides = rows((x.flatten(2), log_a.to(dtype).exp(), dy.flatten(2)), x.shape, dtype)
-    shape = (batch if h0 is None else h0.shape[0], r, c)
-    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
+    g = filled((batch if h0 is None else h0.shape[0], r, c), dtype, dh)
     start = empty(0, r, c, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
     dx = empty(batch if needs[0] else 0, l, r, c, dtype=dtype)
     dlog_a = empty(batch if needs[1] else 0, l, r, dtype=dtype)
@@ -123,7 +122,7 @@ def backward(
         _parts(batch, r, c),
         *arrays,
         strides,
-        _owner(sequence),
+        owners(sequence),
         start.flatten(1).numpy(),
         states.flatten(2).numpy(),
         g.flatten(1).numpy(),
@@ -138,8 +137,3 @@ def backward(
 
 def _parts(batch: int, r: int, c: int) -> list[tuple[int, int, int]]:
     return split(batch, r, widest=max(4096 // max(c, 1), 1), narrowest=1)
-
-
-def _owner(sequence: Tensor | None) -> np.ndarray:
-    """The sequence number of each token; empty without packing."""
-    return np.empty(0, np.int32) if sequence is None else sequence.numpy()

@@ -78,7 +78,6 @@ def _tile(
                 g = tl.where(ended, 0.0, g)
             else:
                 g = tl.where(ended, final[i].to(tl.float32), g)
-            product = tl.where(ended, 0.0, product)
         g += dys[i].to(tl.float32)
         dxs = (g,) + dxs
         if da is not None:

@@ -64,7 +64,6 @@ def _tile(
     for i in tl.static_range(16):
         if sequence is not None:
             h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
-            product = tl.where((first >> i) & 1 != 0, 0.0, product)
         h = decays[i] * h + xs[i].to(tl.float32)
         product *= decays[i]
         hs = hs + (h,)

@@ -12,17 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import empty, rows, run, split
+from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.rg_lru.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
-
-
-@compiled
-def _row(array, strides, i, t, first, end):
-    start = i * strides[0] + t * strides[1]
-    return array[start + first : start + end]
 
 
 @compiled
@@ -32,10 +27,10 @@ def _forward(x, gi, a, gain, strides, owner, h, y, states, l, reverse, i, first,
         hr = h[i if owner.size == 0 else owner[t], first:end]
         if states.size > 0 and k % SPAN == 0:
             states[i, k // SPAN, first:end] = hr
-        xr = _row(x, strides[0], i, t, first, end)
-        gir = _row(gi, strides[1], i, t, first, end)
-        ar = _row(a, strides[2], i, t, first, end)
-        sr = _row(gain, strides[3], i, t, first, end)
+        xr = row(x, strides[0], i, t, first, end)
+        gir = row(gi, strides[1], i, t, first, end)
+        ar = row(a, strides[2], i, t, first, end)
+        sr = row(gain, strides[3], i, t, first, end)
         yr = y[i, t, first:end]
         for j in range(end - first):
             hr[j] = ar[j] * hr[j] + sr[j] * gir[j] * xr[j]
@@ -61,10 +56,10 @@ def _backward(
             t = l - 1 - k if reverse else k
             if owner.size > 0 and k > start and owner[t] != owner[t + 1 if reverse else t - 1]:
                 h[:] = h0[owner[t], first:end]
-            xr = _row(x, strides[0], i, t, first, end)
-            gir = _row(gi, strides[1], i, t, first, end)
-            ar = _row(a, strides[2], i, t, first, end)
-            sr = _row(gain, strides[3], i, t, first, end)
+            xr = row(x, strides[0], i, t, first, end)
+            gir = row(gi, strides[1], i, t, first, end)
+            ar = row(a, strides[2], i, t, first, end)
+            sr = row(gain, strides[3], i, t, first, end)
             hr = decayed[k - start]
             for j in range(width):
                 hr[j] = ar[j] * h[j]
@@ -73,12 +68,12 @@ def _backward(
         for k in range(stop - 1, start - 1, -1):
             t = l - 1 - k if reverse else k
             gs, hr = g[i if owner.size == 0 else owner[t], first:end], decayed[k - start]
-            xr = _row(x, strides[0], i, t, first, end)
-            gir = _row(gi, strides[1], i, t, first, end)
-            ar = _row(a, strides[2], i, t, first, end)
-            sr = _row(gain, strides[3], i, t, first, end)
-            grr = _row(gr, strides[4], i, t, first, end)
-            dyr = _row(dy, strides[5], i, t, first, end)
+            xr = row(x, strides[0], i, t, first, end)
+            gir = row(gi, strides[1], i, t, first, end)
+            ar = row(a, strides[2], i, t, first, end)
+            sr = row(gain, strides[3], i, t, first, end)
+            grr = row(gr, strides[4], i, t, first, end)
+            dyr = row(dy, strides[5], i, t, first, end)
             for j in range(width):
                 gs[j] += dyr[j]
             if dx.size > 0:
@@ -111,7 +106,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     reverse, scale_first = options
     batch, l, d = x.shape
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
-    h = torch.zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
+    h = filled((batch, d), dtype, h0)
     y = empty(batch, l, d, dtype=dtype)
     states = empty(batch if save else 0, -(-l // SPAN), d, dtype=dtype)
     unscaled = _unscaled(sequence, l, reverse, scale_first)
@@ -122,7 +117,7 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
         split(batch, d),
         *arrays,
         strides,
-        _owner(sequence),
+        owners(sequence),
         h.numpy(),
         y.numpy(),
         states.numpy(),
@@ -143,8 +138,7 @@ def backward(
     unscaled = _unscaled(sequence, l, reverse, scale_first)
     gi, gr, a, gain = _gates(input_gate, recurrence_gate, rate, unscaled)
     arrays, strides = rows((x, gi, a, gain, gr, dy), x.shape, dtype)
-    shape = (batch if h0 is None else h0.shape[0], d)
-    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
+    g = filled((batch if h0 is None else h0.shape[0], d), dtype, dh)
     start = empty(0, d, dtype=dtype) if h0 is None else h0.to(dtype).contiguous()
     dx, di, dr = (empty(batch if need else 0, l, d, dtype=dtype) for need in needs[:3])
     slopes = empty(batch, d, dtype=dtype)
@@ -154,8 +148,8 @@ def backward(
         *arrays,
         strides,
         rate.numpy(),
-        _owner(sequence),
-        unscaled.numpy(),
+        owners(sequence),
+        np.empty(0, np.bool_) if unscaled is None else unscaled.numpy(),
         start.numpy(),
         states.numpy(),
         g.numpy(),
@@ -181,24 +175,20 @@ def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gates(
-    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor
+    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both gates open, a, and √(1 − a²) or where a token is ``unscaled`` 1."""
     gi, gr = input_gate.to(rate.dtype).sigmoid(), recurrence_gate.to(rate.dtype).sigmoid()
     log_a = -rate * gr
     gain = (2 * log_a).expm1_().neg_().sqrt_()
-    if unscaled.numel() > 0:
+    if unscaled is not None:
         gain.masked_fill_(unscaled[:, None], 1)
     return gi, gr, log_a.exp(), gain
 
 
-def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor:
-    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; empty if all are."""
+def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor | None:
+    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; None if all are."""
     if scale_first:
-        return torch.empty(0, dtype=torch.bool)
-    return first_tokens(torch.zeros(l, dtype=torch.int32) if sequence is None else sequence, reverse)
-
-
-def _owner(sequence: Tensor | None) -> np.ndarray:
-    """The sequence number of each token; empty without packing."""
-    return np.empty(0, np.int32) if sequence is None else sequence.numpy()
+        return None
+    one = torch.zeros(l, dtype=torch.int32, device="cpu")
+    return first_tokens(one if sequence is None else sequence, reverse)

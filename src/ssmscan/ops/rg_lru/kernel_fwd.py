@@ -76,7 +76,6 @@ def _tile(
         if sequence is not None:
             started = (here >> i) & 1 != 0
             total = tl.where(started, initial[i].to(tl.float32), total)
-            band_product = tl.where(started, 0.0, band_product)
         a, gain, _ = decay_and_gain(sigmoid(grs[i].to(tl.float32)), rate)
         if not SCALE_FIRST:
             if sequence is not None:

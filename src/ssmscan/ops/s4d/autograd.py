@@ -29,6 +29,7 @@ def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 
 s4d = Operator("s4d", Inputs, Options, _outputs)
 s4d_step = define_step(
-    "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h) -> Tensor",
+    "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h, Tensor? state_indices) "
+    "-> Tensor",
     __package__,
 )

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, row, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import rows, run, split
+from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.system import weight
 
@@ -22,12 +23,6 @@ from ssmscan.ops.s4d.system import weight
 SPAN = 32
 # Channels of a part: its states and parameters stay in the processor's inner caches.
 WIDEST = 64
-
-
-@compiled
-def _row(array, strides, i, t, first, end):
-    start = i * strides[0] + t * strides[1]
-    return array[start + first : start + end]
 
 
 @compiled
@@ -56,7 +51,7 @@ def _forward(x, strides, a, b, c, skip, h, y, l, i, first, end):
     a, b, c = _part(a, first, end), _part(b, first, end), _part(c, first, end)
     s = _part(h[i], first, end)
     for t in range(l):
-        xr = _row(x, strides[0], i, t, first, end)
+        xr = row(x, strides[0], i, t, first, end)
         yr = y[i, t, first:end]
         _advance(a, b, s, xr, width)
         for j in range(width):
@@ -84,19 +79,19 @@ def _backward(x, dy, strides, a, b, c, skip, h0, g, dx, da, db, dc, dskip, l, i,
     for span in range(spans):
         starts[span] = s
         for t in range(span * SPAN, min((span + 1) * SPAN, l)):
-            _advance(a, b, s, _row(x, strides[0], i, t, first, end), width)
+            _advance(a, b, s, row(x, strides[0], i, t, first, end), width)
     total = np.zeros((3, parts, n, width), a.dtype)
     for span in range(spans - 1, -1, -1):
         begin, stop = span * SPAN, min((span + 1) * SPAN, l)
         states[0] = starts[span]
         for t in range(begin, stop):
             states[t - begin + 1] = states[t - begin]
-            _advance(a, b, states[t - begin + 1], _row(x, strides[0], i, t, first, end), width)
+            _advance(a, b, states[t - begin + 1], row(x, strides[0], i, t, first, end), width)
         # Summed by span first, which loses less of many small terms.
         sums = np.zeros((3, parts, n, width), a.dtype)
         for t in range(stop - 1, begin - 1, -1):
             before, after = states[t - begin], states[t - begin + 1]
-            xr, dyr = _row(x, strides[0], i, t, first, end), _row(dy, strides[1], i, t, first, end)
+            xr, dyr = row(x, strides[0], i, t, first, end), row(dy, strides[1], i, t, first, end)
             dxr, dskipr = dx[i, t, first:end], dskip[i, first:end]
             for j in range(width):
                 dxr[j] = skip[first + j] * dyr[j]
@@ -143,7 +138,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     b, l, d = x.shape
     parameters, skip = _parameters(z, B, C, D)
     h = _initial(h0, b, C)
-    y = torch.empty(b, l, d, dtype=h.dtype)
+    y = empty(b, l, d, dtype=h.dtype)
     arrays, strides = rows((x,), x.shape, h.dtype)
     run(_forward, split(b, d, WIDEST), *arrays, strides, *parameters, skip.numpy(), h.numpy(), y.numpy(), l)
     return y.to(x.dtype), _joined(h)
@@ -156,9 +151,9 @@ def backward(
     b, l, d = x.shape
     parameters, skip = _parameters(z, B, C, D)
     start, g = _initial(h0, b, C), _initial(dh, b, C)
-    dx = torch.empty(b, l, d, dtype=g.dtype)
+    dx = empty(b, l, d, dtype=g.dtype)
     sums = [torch.empty_like(g) for _ in range(3)]
-    dskip = torch.zeros(b, d, dtype=g.dtype)
+    dskip = filled((b, d), g.dtype)
     arrays, strides = rows((x, dy), x.shape, g.dtype)
     run(
         _backward,
@@ -189,7 +184,7 @@ def _parameters(z: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[list
 def _initial(h: Tensor | None, b: int, C: Tensor) -> Tensor:
     """A state (b, d, n) as (b, parts, n, d), in new memory."""
     if h is None:
-        return torch.zeros(b, 1 + C.is_complex(), *reversed(C.shape), dtype=C.real.dtype)
+        return filled((b, 1 + C.is_complex(), *reversed(C.shape)), C.real.dtype)
     return _split(h).clone(memory_format=torch.contiguous_format)
 
 

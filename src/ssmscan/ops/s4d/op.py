@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ssmscan.backend import choose
-from ssmscan.ops.decoding import fused
+from ssmscan.ops.decoding import advance, check_state, fused, leading_axes
 from ssmscan.ops.s4d import autograd, plain, reference
 from ssmscan.ops.s4d.system import discretise
-from ssmscan.shapes import check_rank, check_shape, check_state, check_tensors, error, state_dtype
+from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
-    from jaxtyping import Complex, Float
+    from jaxtyping import Complex, Float, Int
 
 
 def s4d(
@@ -91,29 +91,34 @@ def s4d(
 
 
 def s4d_step(
-    x: Float[Tensor, "b d"],
+    x: Float[Tensor, "b d"] | Float[Tensor, "b l d"],
     dt: Float[Tensor, " d"],
     A: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
     B: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
     C: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
     D: Float[Tensor, " d"] | None = None,
     *,
-    h: Float[Tensor, "b d n"] | Complex[Tensor, "b d n"],
-) -> Float[Tensor, "b d"]:
-    """Advance :func:`s4d` by one token, updating the state in place.
+    h: Float[Tensor, "rows d n"] | Complex[Tensor, "rows d n"],
+    state_indices: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
+    """Advance :func:`s4d` by one token or several, updating the state in place.
 
     .. math:: h \\leftarrow \\bar A h + \\bar B x, \\qquad y = \\sum_n C h + D x
 
     Args:
-        x: input, (b, d).
+        x: input of one token, (b, d), or of several, (b, l, d), which have the results of l steps, to the last bit.
         dt, A, B, C, D: as in :func:`s4d`.
-        h: the state, (b, d, n), in the dtype that :func:`s4d` returns. Overwritten with the next state.
+        h: the state, (b, d, n), of any floating dtype, or complex when A is. Overwritten with the next state, rounded
+            once a token; the arithmetic is in float32 (float64 when h or an input is).
+        state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
+            pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
+            changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
 
     Returns:
-        y, (b, d), in x's dtype.
+        y, in the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: as :func:`s4d`.
+        TypeError, ValueError: as :func:`s4d`; also on the CPU, ``state_indices`` that are no rows of ``h``.
 
     Example:
         >>> import torch
@@ -123,14 +128,19 @@ def s4d_step(
         >>> round(y.item(), 4), round(h.item(), 4)
         (0.7213, 0.7213)
     """
-    real, dtype = _check("s4d_step", "b, d", x, dt, A, B, C, D, h)
-    check_state("s4d_step", "h", h, "b, d, n", (x.shape[0], *A.shape), dtype)
+    leading = leading_axes("s4d_step", x, "d")
+    real, dtype = _check("s4d_step", leading + "d", x, dt, A, B, C, D, h)
+    check_state("s4d_step", h, "d, n", x.shape[0], A.shape, state_indices)
     if fused("s4d_step", real, h, x, dt, A, B, C, D):
-        return autograd.s4d_step(x, dt, A, B, C, D, h)
+        return autograd.s4d_step(x, dt, A, B, C, D, h, state_indices)
     z, B = discretise(dt, A, B, dtype)
-    after, y = reference.advance(x, z.exp().to(dtype), B, C, D, h)
-    h.copy_(after)
-    return y
+    a = z.exp().to(dtype)
+
+    def token(x, h):
+        after, y = reference.advance(x, a, B, C, D, h)
+        return y, after
+
+    return advance(token, (x,), h, state_indices, x.dim() == 3, dtype)
 
 
 def _check(

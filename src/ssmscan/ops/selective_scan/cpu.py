@@ -12,8 +12,9 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import rows, run
+from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -114,12 +115,6 @@ def _dot(a, b):
 
 
 @compiled
-def _row(array, strides, i, t, first, end):
-    start = i * strides[0] + t * strides[1]
-    return array[start + first : start + end]
-
-
-@compiled
 def _step_size(delta, v, scratch, bits, dt, bias, softplus):
     for j in range(dt.shape[0]):
         v[j] = dt[j] + bias[j]
@@ -172,8 +167,8 @@ def _forward(
             state[:] = h[sequence, first:end].T
         if saved.size > 0 and step % SPAN == 0:
             saved[i, step // SPAN, :, first:end] = state
-        xr, yr = _row(x, strides[0], i, t, first, end), y[i, t, first:end]
-        dtr = _row(dt, strides[1], i, t, first, end)
+        xr, yr = row(x, strides[0], i, t, first, end), y[i, t, first:end]
+        dtr = row(dt, strides[1], i, t, first, end)
         _step_size(delta, v, scratch[:width], bits[:width], dtr, bias[first:end], softplus)
         for j in range(width):
             u[j] = delta[j] * xr[j]
@@ -184,7 +179,7 @@ def _forward(
             for j in range(width):
                 yr[j] += Dr[j] * xr[j]
         if gated:
-            zr = _row(z, strides[2], i, t, first, end)
+            zr = row(z, strides[2], i, t, first, end)
             _sigmoid(opened, scratch[:width], bits[:width], zr)
             for j in range(width):
                 yr[j] *= zr[j] * opened[j]
@@ -218,16 +213,16 @@ def _backward(
             if owner.size > 0 and step > start and owner[t] != owner[t + 1 if reverse else t - 1]:
                 state[:] = h0[owner[t], first:end].T
             before[at] = state
-            xr = _row(x, strides[0], i, t, first, end)
-            dtr = _row(dt, strides[1], i, t, first, end)
+            xr = row(x, strides[0], i, t, first, end)
+            dtr = row(dt, strides[1], i, t, first, end)
             _step_size(deltas[at], vs[at], scratch[:width], bits[:width], dtr, br, softplus)
             for j in range(width):
                 u[j] = deltas[at, j] * xr[j]
             _advance(state, decays[at], scratch, bits, a, deltas[at], u, B[i, t, group])
-            w[:] = _row(dy, strides[3], i, t, first, end)
+            w[:] = row(dy, strides[3], i, t, first, end)
             if gated:
                 # The derivative of z·sigmoid(z).
-                Cr, zr, dzr = C[i, t, group], _row(z, strides[2], i, t, first, end), dz[i, t, first:end]
+                Cr, zr, dzr = C[i, t, group], row(z, strides[2], i, t, first, end), dz[i, t, first:end]
                 _read(out, Cr, state)
                 if D.size > 0:
                     for j in range(width):
@@ -248,11 +243,11 @@ def _backward(
                     dh[sequence, first:end] = g.T
                 sequence = owned
                 g[:] = dh[sequence, first:end].T
-            xr, delta = _row(x, strides[0], i, t, first, end), deltas[at]
+            xr, delta = row(x, strides[0], i, t, first, end), deltas[at]
             Br, Cr = B[i, t, group], C[i, t, group]
-            w[:] = _row(dy, strides[3], i, t, first, end)
+            w[:] = row(dy, strides[3], i, t, first, end)
             if gated:
-                zr = _row(z, strides[2], i, t, first, end)
+                zr = row(z, strides[2], i, t, first, end)
                 _sigmoid(opened, scratch[:width], bits[:width], zr)
                 for j in range(width):
                     w[j] *= zr[j] * opened[j]
@@ -306,12 +301,7 @@ def _parts(batch: int, groups: int, d: int) -> list[tuple[int, int, int, int]]:
 
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """Empty when there is none."""
-    return torch.empty(0, dtype=dtype).numpy() if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
-
-
-def _owner(sequence: Tensor | None) -> np.ndarray:
-    """The sequence number of each token; empty without packing."""
-    return np.empty(0, np.int32) if sequence is None else sequence.numpy()
+    return empty(0, dtype=dtype).numpy() if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
 
 
 def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,18 +310,18 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     batch, l, d = x.shape
     groups, n = B.shape[2:]
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    h = torch.zeros(batch, d, n, dtype=dtype) if h0 is None else h0.to(dtype, copy=True).contiguous()
-    y = torch.empty(batch, l, d, dtype=dtype)
-    saved = torch.empty(batch if save else 0, -(-l // SPAN), n, d, dtype=dtype)
+    h = filled((batch, d, n), dtype, h0)
+    y = empty(batch, l, d, dtype=dtype)
+    saved = empty(batch if save else 0, -(-l // SPAN), n, d, dtype=dtype)
     arrays, strides = rows((x, dt, x if z is None else z), x.shape, dtype)
-    bias = torch.zeros(d, dtype=dtype) if dt_bias is None else dt_bias
+    bias = filled((d,), dtype) if dt_bias is None else dt_bias
     run(
         _forward,
         _parts(batch, groups, d),
         *arrays,
         strides,
         *(_dense(t, dtype) for t in (A.T, B, C, D, bias)),
-        _owner(sequence),
+        owners(sequence),
         h.numpy(),
         y.numpy(),
         saved.numpy(),
@@ -351,25 +341,24 @@ def backward(
     batch, l, d = x.shape
     groups, n = B.shape[2:]
     dtype = saved.dtype
-    shape = (batch if h0 is None else h0.shape[0], d, n)
-    g = torch.zeros(shape, dtype=dtype) if dh is None else dh.to(dtype, copy=True).contiguous()
+    g = filled((batch if h0 is None else h0.shape[0], d, n), dtype, dh)
     arrays, strides = rows((x, dt, x if z is None else z, dy), x.shape, dtype)
-    bias = torch.zeros(d, dtype=dtype) if dt_bias is None else dt_bias
-    start = torch.empty(0, d, n, dtype=dtype) if h0 is None else h0
+    bias = filled((d,), dtype) if dt_bias is None else dt_bias
+    start = empty(0, d, n, dtype=dtype) if h0 is None else h0
     parts = _parts(batch, groups, d)
-    dx, ddt = (torch.empty(batch, l, d, dtype=dtype) for _ in range(2))
-    dz = torch.empty(batch if z is not None else 0, l, d, dtype=dtype)
+    dx, ddt = (empty(batch, l, d, dtype=dtype) for _ in range(2))
+    dz = empty(batch if z is not None else 0, l, d, dtype=dtype)
     # Of each part, to be summed in a fixed order.
-    dA = torch.empty(len(parts), n, WIDTH, dtype=dtype)
-    dB, dC = (torch.empty(len(parts), l, n, dtype=dtype) for _ in range(2))
-    dD, dbias = (torch.empty(batch, d, dtype=dtype) for _ in range(2))
+    dA = empty(len(parts), n, WIDTH, dtype=dtype)
+    dB, dC = (empty(len(parts), l, n, dtype=dtype) for _ in range(2))
+    dD, dbias = (empty(batch, d, dtype=dtype) for _ in range(2))
     run(
         _backward,
         [(*part, number) for number, part in enumerate(parts)],
         *arrays,
         strides,
         *(_dense(t, dtype) for t in (A.T, B, C, D, bias)),
-        _owner(sequence),
+        owners(sequence),
         _dense(start, dtype),
         saved.numpy(),
         g.numpy(),

@@ -93,7 +93,7 @@ def step(
         (x, dt, A, B, C, D, z, dt_bias),
         h,
         state_indices,
-        (d, n, d // groups, *token_strides(3, x, dt, z), *token_strides(4, B, C), *A.stride()),
+        (d, n, d // groups, *token_strides(3, x, dt, z), *token_strides(4, B, C), *A.stride(), *h.stride()),
         (softplus, N, BD),
         WARPS,
     )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmscan.ops._numba.parallel import empty, run
+from ssmscan.ops._numba.arrays import empty, filled
+from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.chunks import cut
 from ssmscan.ops.ssd import cpu_kernels
 from ssmscan.ops.ssd.autograd import Inputs, Options
@@ -24,7 +25,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
     reverse = options.reverse
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    final = _filled(_shape(x, B, h0), dtype, h0)
+    final = filled(_shape(x, B, h0), dtype, h0)
     y = empty(*x.shape, dtype=dtype)
     arrays = _arrays_of(inputs, options, dtype)
     chunks = _chunks(sequence, final.shape[0], x.shape[1], reverse)
@@ -48,11 +49,11 @@ def backward(
     if z is not None:
         y, _ = forward(inputs._replace(x=wide, z=None), options)
         dy, dz = ungate(dy, y, z)
-    start, g = (_filled(_shape(x, B, h0), dtype, h) for h in (h0, dh))
+    start, g = (filled(_shape(x, B, h0), dtype, h) for h in (h0, dh))
     splits, parts = _parts(x, B)
     dx, dsteps = empty(batch, l, heads, p, dtype=dtype), empty(2, batch, l, heads, dtype=dtype)
     dBs, dCs = empty(2, splits, *B.shape, dtype=dtype)
-    dDs = _filled((batch, heads, p), dtype)
+    dDs = filled((batch, heads, p), dtype)
     arrays = _arrays_of(inputs, options, dtype)
     chunks = _chunks(sequence, g.shape[0], l, reverse)
     outputs = (v.numpy() for v in (g, dx, dsteps, dBs, dCs, dDs))
@@ -62,7 +63,7 @@ def backward(
     )  # fmt: skip
     ddt = empty(*dt.shape, dtype=dtype)
     stretches = _stretches(dt)
-    dAs, dbiases = (_filled((len(stretches), heads), dtype) for _ in range(2))
+    dAs, dbiases = (filled((len(stretches), heads), dtype) for _ in range(2))
     run(
         cpu_kernels.step_gradients, stretches, *(v.numpy() for v in (ddt, dAs, dbiases, dsteps)),
         *_rates(dt, A, dt_bias, dtype), softplus, low, high,
@@ -89,7 +90,7 @@ def _arrays_of(inputs: Inputs, options: Options, dtype: torch.dtype) -> list[np.
     steps = empty(2, *dt.shape, dtype=dtype)
     rates = _rates(dt, A, dt_bias, dtype)
     run(cpu_kernels.steps, _stretches(dt), steps.numpy(), *rates, softplus, low, high)
-    skip = torch.empty(0, 0) if D is None else D.view(x.shape[2], -1).expand(*x.shape[2:])
+    skip = empty(0, 0, dtype=dtype) if D is None else D.view(x.shape[2], -1).expand(*x.shape[2:])
     return _arrays(dtype, x, steps, B, C, skip)
 
 
@@ -99,7 +100,7 @@ def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
 
 def _rates(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dtype: torch.dtype) -> list[np.ndarray]:
     """What the steps are made of."""
-    return _arrays(dtype, dt, A, torch.zeros(A.shape) if dt_bias is None else dt_bias)
+    return _arrays(dtype, dt, A, filled(A.shape, dtype) if dt_bias is None else dt_bias)
 
 
 def _stretches(dt: Tensor) -> list[tuple[int, int, int]]:
@@ -112,17 +113,10 @@ def _shape(x: Tensor, B: Tensor, h0: Tensor | None) -> tuple[int, ...]:
     return (x.shape[0], *x.shape[2:], B.shape[3]) if h0 is None else tuple(h0.shape)
 
 
-def _filled(shape: tuple[int, ...], dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
-    """A copy of the values, or zeros. By NumPy: where PyTorch's threads have worked they spin when ours begin."""
-    out = empty(*shape, dtype=dtype)
-    out.numpy()[...] = 0 if values is None else values.detach().to(dtype).numpy()
-    return out
-
-
 def _chunks(sequence: Tensor | None, s: int, l: int, reverse: bool) -> np.ndarray:
     """The first position in scan order, the length and the sequence of each chunk, (chunks, 3)."""
     if sequence is None:
-        begin = torch.arange(0, l, CHUNK)
+        begin = torch.arange(0, l, CHUNK, device="cpu")
         chunks = torch.stack((begin, (l - begin).clamp(max=CHUNK), torch.zeros_like(begin)), 1)
     else:
         begin, length, owner, *_ = cut(sequence, s, CHUNK, reverse)

@@ -99,7 +99,7 @@ def step(
         (x, dt, A.contiguous(), B, C, D, z, None if dt_bias is None else dt_bias.contiguous()),
         h,
         state_indices,
-        (heads, p, n, heads // groups, *token_strides(4, x, z, B, C), *token_strides(3, dt), *D_strides),
+        (heads, p, n, heads // groups, *token_strides(4, x, z, B, C), *token_strides(3, dt), *D_strides) + h.stride(),
         (softplus, low, high, N, BP),
         WARPS,
     )
