@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ssmscan.ops._numba.arrays import empty, filled
 from ssmscan.ops._numba.parallel import run
-from ssmscan.ops.chunks import cut
+from ssmscan.ops.cuts import cut
 from ssmscan.ops.ssd import cpu_kernels
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.cpu_buffers import CHUNK

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.chunks import cut
+from ssmscan.ops.cuts import cut
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.configs import Tiles, tiles_for
 from ssmscan.ops.ssd.kernel_walk import walk

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops.chunks import Chunks, cut
+from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
 from ssmscan.ops.recurrence import scaled_exp, scan
 from ssmscan.shapes import state_dtype
@@ -47,7 +47,7 @@ def ssd(
     delta = (F.softplus(delta) if softplus else delta).clamp(low, high)
 
     if sequence is None:
-        chunks: Chunks | None = None
+        chunks: Cuts | None = None
         index: Tensor | None = None
     else:
         chunks = cut(sequence, h.shape[0], CHUNK, reverse)
@@ -89,7 +89,7 @@ def _arange(v: Tensor) -> Tensor:
     return torch.arange(v.shape[0], device=v.device)
 
 
-def _positions(chunks: Chunks, l: int) -> Tensor:
+def _positions(chunks: Cuts, l: int) -> Tensor:
     """The position of each row of each chunk, l where there is none."""
     row = torch.arange(CHUNK, device=chunks.begin.device)
     return torch.where(row < chunks.length[:, None], chunks.begin[:, None] + row, l).flatten()
@@ -131,7 +131,7 @@ def _log_largest(v: Tensor) -> int:
     return math.floor(math.log(torch.finfo(v.dtype).max))
 
 
-def _carry(log_a: Tensor, states: Tensor, chunks: Chunks | None, h: Tensor) -> tuple[Tensor, Tensor]:
+def _carry(log_a: Tensor, states: Tensor, chunks: Cuts | None, h: Tensor) -> tuple[Tensor, Tensor]:
     """The state that enters each chunk, and the final state; of packed sequences, the one after each chunk.
 
     The chunk's own ``states`` are (b, c, h, p, n), the logarithm of its decay (b, c, h).
