@@ -65,8 +65,13 @@ def _store_state(pointer, row, inside, state, n, real, imaginary, PARTS: tl.cons
 
 @kernel(do_not_specialize=["b", "m"])
 def s4d_walk(
-    x, K, V, W, P, start, head, y, states, final,
+    # read
+    x, K, V, W, P, start, head,
+    # written
+    y, states, final,
+    # sizes
     b, m, n,
+    # constants
     PARTS: tl.constexpr, ADJOINT: tl.constexpr, ACCUMULATE: tl.constexpr, NB: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
