@@ -179,6 +179,7 @@ def zeros(pointer, channels):
     What is computed from a load has its layout. To rows that come from tl.zeros alone Triton 3.6 gives layouts in which
     each join of two of them (:func:`store_rows`) goes through shuffles or shared memory, 16 times a tile.
     """
+    # layout: that of a load.
     return tl.load(pointer + channels, mask=channels < 0, other=0.0).to(tl.float32)
 
 
@@ -216,7 +217,7 @@ def enter_bands(h, product, band_product, band_total, first, BD: tl.constexpr):
 
     ``first`` has 16 bits for each band: where a packed sequence starts, nothing that enters leaves, not even NaN.
     """
-    # Joined, they pass between the warps at once.
+    # layout: joined, they pass between the warps at once.
     pairs = tl.permute(tl.reshape(tl.join(band_product, band_total), [2, BD, 2]), (1, 2, 0))
     early, late = tl.split(pairs)
     early_product, early_total = tl.split(early)

@@ -70,8 +70,15 @@ def _store_state(pointer, row, inside, state, n, real, imaginary, PARTS: tl.cons
 
 @kernel(do_not_specialize=["b", "m", "chunks"])
 def s4d_walk(
-    x, K, V, W, P, start, head, y, states, final, begins, counts,
+    # read
+    x, K, V, W, P, start, head,
+    # written
+    y, states, final,
+    # packed: the first chunk of each sequence, and how many it has
+    begins, counts,
+    # sizes
     b, m, chunks, n,
+    # constants
     PARTS: tl.constexpr, ADJOINT: tl.constexpr, ACCUMULATE: tl.constexpr, NB: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops.chunks import Chunks, cut
+from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
 from ssmscan.ops.recurrence import carry, scaled_exp
 from ssmscan.shapes import state_dtype
@@ -47,7 +47,7 @@ def ssd(
     delta = (F.softplus(delta) if softplus else delta).clamp(low, high)
 
     if sequence is None:
-        chunks: Chunks | None = None
+        chunks: Cuts | None = None
         index: Tensor | None = None
     else:
         chunks = cut(sequence, h.shape[0], CHUNK, reverse)
@@ -90,7 +90,7 @@ def _arange(v: Tensor) -> Tensor:
     return torch.arange(v.shape[0], device=v.device)
 
 
-def _positions(chunks: Chunks, l: int) -> Tensor:
+def _positions(chunks: Cuts, l: int) -> Tensor:
     """The position of each row of each chunk, l where there is none."""
     row = torch.arange(CHUNK, device=chunks.begin.device)
     return torch.where(row < chunks.length[:, None], chunks.begin[:, None] + row, l).flatten()
