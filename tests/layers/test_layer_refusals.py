@@ -112,6 +112,8 @@ def test_attention_needs_a_length(x):
     with pytest.raises(ValueError, match="Attention: a sequence must have at most max_length = 7 tokens, got 8"):
         layer(x[:, :1], state)
     assert all(torch.equal(a, b) for a, b in zip(state, saved, strict=True))
+    # Of padding a full state takes any number.
+    layer(x, state, mask=torch.zeros(B, L))
     # One row is full, the other is not.
     state.length[0] = 2
     with pytest.raises(ValueError, match="at most max_length = 7 tokens"):
