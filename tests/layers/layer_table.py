@@ -17,7 +17,7 @@ LAYERS = {
     "mamba_falcon": partial(Mamba, M, d_state=3, bias=True, dt_rank=2, bcdt_rms_eps=1e-6),
     "mamba2": partial(Mamba2, M, d_state=3, headdim=4, ngroups=2),
     "mamba2_limited": partial(Mamba2, M, d_state=3, headdim=4, norm_groups=2, bias=True, dt_limit=(0.01, 0.05)),
-    "mamba2_both": partial(Mamba2, M, d_state=3, headdim=4, ngroups=2, causal=False),
+    "mamba2_both": partial(Mamba2, M, d_state=3, headdim=4, ngroups=2, causal=False, dt_limit=(0.01, 0.05)),
     "hydra": partial(Hydra, M, d_state=3, headdim=4, ngroups=2),
     "rg_lru": partial(RGLRU, M, lru_width=6, num_heads=2),
     "attention": partial(Attention, M, num_heads=4, num_heads_kv=2),
@@ -26,8 +26,6 @@ LAYERS = {
 }
 BOTH_SIDES = ("mamba2_both", "hydra", "attention_both")
 CAUSAL = [name for name in LAYERS if name not in BOTH_SIDES]
-# s4d takes no packed sequences.
-PACKED = [name for name in LAYERS if not name.startswith("s4d")]
 
 
 def build(name, dtype=torch.float64):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layer_table import CAUSAL, PACKED, B, L, M, build
+from layer_table import B, L, M
 
 from ssmscan import layers
 from ssmscan.layers.state import tensors
@@ -61,28 +61,24 @@ def test_a_state_keeps_its_place_and_has_no_gradient(causal, x):
         same(p.grad, q.grad)
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_equals_separate(name, x):
-    layer = build(name)
+def test_packed_equals_separate(layer, x):
     bounds = torch.tensor([0, 3, 3, 7])
     together = layer(x[:1], cu_seqlens=bounds)
     same(together, torch.cat([layer(x[:1, :3]), layer(x[:1, 3:])], 1))
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name in PACKED])
 @pytest.mark.parametrize("grad", [False, True])
-def test_packed_states(name, x, earlier, grad):
+def test_packed_states(causal, x, earlier, grad):
     """Every sequence goes on from its own row, an empty one too."""
-    layer = build(name)
-    state, bounds = layer.init_state(3, max_length=L), torch.tensor([0, 3, 3, 7])
+    state, bounds = causal.init_state(3, max_length=L), torch.tensor([0, 3, 3, 7])
     start = earlier[:1].expand(3, -1, -1) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
-    layer(start[:, :3], state)
+    causal(start[:, :3], state)
     with torch.set_grad_enabled(grad):
-        together = layer(x[:1], state, cu_seqlens=bounds)
+        together = causal(x[:1], state, cu_seqlens=bounds)
     for i in range(3):
-        alone = layer.init_state(1, max_length=L)
-        layer(start[i : i + 1, :3], alone)
-        same(together[:, bounds[i] : bounds[i + 1]], layer(x[:1, bounds[i] : bounds[i + 1]], alone))
+        alone = causal.init_state(1, max_length=L)
+        causal(start[i : i + 1, :3], alone)
+        same(together[:, bounds[i] : bounds[i + 1]], causal(x[:1, bounds[i] : bounds[i + 1]], alone))
         same_states([tensor[i : i + 1] for tensor in tensors(state)], list(alone))
 
 

@@ -193,6 +193,13 @@ def test_adapters(name, dtype):
         adapter = Adapter(getattr(layer, path))
         setattr(wrapped, path, adapter)
         torch.testing.assert_close(wrapped(x), layer(x), rtol=0, atol=1e-9 if dtype is torch.float64 else 2e-2)
+        if getattr(layer, "causal", True):
+            chunks = x.split([5, 1, 1], 1)
+            with torch.no_grad():
+                states = [each.init_state(B, max_length=L) for each in (wrapped, layer)]
+                for chunk in chunks:
+                    y, expected = (each(chunk, state) for each, state in zip((wrapped, layer), states, strict=True))
+            torch.testing.assert_close(y, expected, rtol=0, atol=1e-9 if dtype is torch.float64 else 2e-2)
         nn.init.constant_(adapter.up.weight, 5.0)
         assert dtype is torch.bfloat16 or (wrapped(x) - layer(x)).abs().max() > 1e-6, path
 

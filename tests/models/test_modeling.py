@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -147,6 +148,18 @@ def test_hidden_states(model, tokens):
     assert torch.equal(streams[0], model.backbone.embeddings(tokens))
     assert torch.equal(streams[-1], model.backbone(tokens).last_hidden_state)
     assert model(tokens).hidden_states is None
+
+
+@torch.no_grad()
+def test_streams_are_kept_on_demand_only(small_model, tokens):
+    """Or a forward without gradients would hold every layer's activations."""
+    model = small_model()
+    before, alive = [], []
+    model.backbone.layers[0].register_forward_pre_hook(lambda _, given: before.append(weakref.ref(given[0])))
+    model.backbone.norm_f.register_forward_pre_hook(lambda *_: alive.append(before[-1]() is not None))
+    model(tokens)
+    model(tokens, output_hidden_states=True)
+    assert alive == [False, True]
 
 
 def test_logits_to_keep(model, tokens):

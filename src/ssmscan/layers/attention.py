@@ -117,11 +117,11 @@ class Attention(Mixer):
         if window is not None:
             positive("Attention", window=window)
         # Rows [q, k, v].
-        rows = (num_heads + 2 * self.num_heads_kv) * self.head_dim
-        self.in_proj = nn.Linear(d_model, rows, bias=qkv_proj_bias, device=device, dtype=dtype)
+        self.rows = (num_heads + 2 * self.num_heads_kv) * self.head_dim
+        self.in_proj = nn.Linear(d_model, self.rows, bias=qkv_proj_bias, device=device, dtype=dtype)
         self.conv1d = None
         if d_conv:
-            self.conv1d = ShortConv(rows, d_conv, activation=None, centred=not causal, device=device, dtype=dtype)
+            self.conv1d = ShortConv(self.rows, d_conv, activation=None, centred=not causal, device=device, dtype=dtype)
         self.out_proj = nn.Linear(num_heads * self.head_dim, d_model, bias=out_proj_bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
@@ -136,7 +136,7 @@ class Attention(Mixer):
         if not self.causal:
             raise NotImplementedError(no_state(type(self).__name__))
         dtype = self.state_dtype()
-        conv = Kept((0, self.in_proj.out_features), dtype) if self.conv1d is None else self.conv1d.kept(dtype)
+        conv = Kept((0, self.rows), dtype) if self.conv1d is None else self.conv1d.kept(dtype)
         stored = self.reference_parameter().dtype
         pairs = Kept((-1, self.num_heads_kv, self.head_dim), stored if stored.is_floating_point else dtype)
         return AttentionState._make([conv, pairs, pairs, Kept((), torch.int64)])
@@ -157,7 +157,7 @@ class Attention(Mixer):
         sequence, position, poison = _places(x, cu_seqlens, mask)
         if state is not None:
             position = position + state.length[sequence]
-            _check_length(position, state)
+            _check_length(position, mask, state)
         qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, None if state is None else state.conv, cu_seqlens, mask)
@@ -251,12 +251,15 @@ class Attention(Mixer):
         return f"d_model={self.d_model}, {heads}, rotary_emb_dim={self.rotary_emb_dim}, window={self.window}"
 
 
-def _check_length(position: Tensor, state: AttentionState) -> None:
+def _check_length(position: Tensor, mask: Tensor | None, state: AttentionState) -> None:
     """Refuse more tokens than a state can hold, where their number can be read without waiting for a device."""
+    if not position.is_cpu or torch.compiler.is_compiling():
+        return
     longest = state.keys.shape[1] - 1
-    if position.is_cpu and not torch.compiler.is_compiling() and (position >= longest).any():
+    beyond = position >= longest if mask is None else (position >= longest) & mask.bool()
+    if beyond.any():
         rule = f"a sequence must have at most max_length = {longest} tokens"
-        raise ValueError(error("Attention", rule, int(position.max()) + 1, "Make a longer state."))
+        raise ValueError(error("Attention", rule, int(position[beyond].max()) + 1, "Make a longer state."))
 
 
 def _places(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -35,8 +34,8 @@ class S4D(Mixer):
         s_t = 2 \\mathrm{Re}(C \\cdot h_t) + D x_t, \\qquad
         (v, g) = W_{out} \\, \\mathrm{gelu}(s), \\qquad y = v \\, \\sigma(g)
 
-    (s = C · h + D x with real poles). Without a state it is a convolution by FFT with the whole impulse response; with
-    one it is the recurrence. Both compute the same.
+    (s = C · h + D x with real poles). The same system is a convolution with its impulse response;
+    :func:`ssmscan.s4d` computes either form of :meth:`system`.
 
     Args:
         d_model: width m of the input and the output, each channel of which has n states.
@@ -141,10 +140,7 @@ class S4D(Mixer):
     ) -> Float[Tensor, "b l m"]:
         x = self.enter(x, state, cu_seqlens, mask)
         scan = None if state is None else state.scan
-        # The convolution's sizes would tie an exported program to the length of its example.
-        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        operation = partial(s4d, mode="recurrent") if exported else s4d
-        y = advance(operation, s4d_step, scan, cu_seqlens, {"x": x}, **self.system())
+        y = advance(s4d, s4d_step, scan, cu_seqlens, {"x": x}, **self.system())
         return F.glu(self.out_proj(F.gelu(y)), -1)
 
     def extra_repr(self) -> str:

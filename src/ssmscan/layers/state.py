@@ -18,7 +18,7 @@ def advance(
     step: Callable[..., Tensor],
     h: Tensor | None,
     cu_seqlens: Tensor | None,
-    tokens: Mapping[str, Tensor | None],
+    tokens: Mapping[str, Tensor],
     **fixed: Any,
 ) -> Tensor:
     """Run an operation over ``tokens`` and leave the state after the last of them in ``h``.
@@ -28,22 +28,19 @@ def advance(
         step: its decode step, which one token without a derivative takes.
         h: the state before the first token, overwritten without a gradient; None is zeros, and nothing is kept.
         cu_seqlens: bounds of packed sequences, or None.
-        tokens: the operation's arguments with a time axis, (b, l, ...), by name; None where one is not given.
+        tokens: the operation's arguments with a time axis, (b, l, ...), by name; "x" is among them.
         fixed: its other arguments.
 
     Returns:
         y, (b, l, ...).
     """
-    packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
     if h is None:
-        return operation(**tokens, **fixed, **packed)[0]
+        return operation(**tokens, **fixed, cu_seqlens=cu_seqlens)[0]
     grad = torch.is_grad_enabled()
-    one = next(iter(tokens.values())).shape[1] == 1  # type: ignore[union-attr]
-    if one and cu_seqlens is None and not grad:
-        token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
-        return step(**token, **fixed, h=h).unsqueeze(1)
+    if tokens["x"].shape[1] == 1 and cu_seqlens is None and not grad:
+        return step(**tokens, **fixed, h=h)
     # The derivative needs the state that was read.
-    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, **packed)
+    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
     overwrite(h, after)
     return y
 

@@ -61,6 +61,8 @@ class SSMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SSMBlock"]  # noqa: RUF012
+    # The one implementation that attention layers have.
+    _supports_sdpa = True
     # A state cannot go back, so generate refuses to let another model draft.
     _is_stateful = True
 
@@ -138,19 +140,20 @@ class SSMModel(SSMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         x = self._embed(input_ids, inputs_embeds)
         mask = _mask(attention_mask, x, cu_seqlens)
-        given = next((name for name in (cache, past_key_values, cache_params) if name is not None), None)
+        given = next((one for one in (cache, past_key_values, cache_params) if one is not None), None)
         cache = self._cache(given, x.shape[0], cu_seqlens is not None, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        streams: list[Tensor] = []
         if cache is not None:
             cache.make_room(x.shape[1])
-        streams = []
         for i, block in enumerate(self.layers):
-            streams.append(x)
+            if output_hidden_states:
+                streams.append(x)
             x = block(x, None if cache is None else cache.layers[i].state, cu_seqlens, mask)
         if cache is not None:
             cache.advance(x.shape[1])
         x = self.norm_f(x)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         states: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=x, hidden_states=(*streams, x) if output_hidden_states else None, **states

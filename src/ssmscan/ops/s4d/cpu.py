@@ -220,4 +220,7 @@ def _split(t: Tensor) -> Tensor:
 def _joined(t: Tensor) -> Tensor:
     """The inverse of :func:`_split`."""
     t = t.transpose(-3, -1)
-    return torch.view_as_complex(t.contiguous()) if t.shape[-1] == 2 else t[..., 0].contiguous()
+    if t.shape[-1] == 1:
+        return t[..., 0].contiguous()
+    # Not contiguous(), which leaves the strides of a tensor without elements as they are.
+    return torch.view_as_complex(t.clone(memory_format=torch.contiguous_format))
