@@ -1,4 +1,4 @@
-"""The command ``ssmscan``: train, bench, info.
+"""The command ``ssmscan``: train, generate, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 141 when the output's reader is
 gone; an error is one line on stderr.
@@ -6,9 +6,8 @@ gone; an error is one line on stderr.
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import inspect
+import math
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,15 +28,17 @@ import ssmscan
 from ssmscan import ops
 from ssmscan.backend import BACKENDS, choose, why_not
 from ssmscan.bench import __main__ as bench
-from ssmscan.shapes import error
+from ssmscan.shapes import check_integer, error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from transformers import PreTrainedTokenizerBase
 
+    from ssmscan.models import SSMForCausalLM
     from ssmscan.training import TrainConfig
 
 # What the extra `train` installs and this command cannot do without.
-NEEDED = ("jsonargparse", "rich", "matplotlib", "tensorboard", "filelock")
+NEEDED = ("filelock", "jsonargparse", "matplotlib", "rich", "tensorboard", "transformers")
 
 # What a shell reports of a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, UNREAD = 130, 141
@@ -101,20 +102,27 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:
         # It has a parser of its own, so that it runs where the extra `train` is missing.
         return bench.main(arguments[1:], prog="ssmscan bench")
-    from ssmscan.training import RunError, UsageError, train
+    from ssmscan.training.options import train_config
 
     try:
         command, values = _parse(arguments)
-        if command == "info":
-            return _info()
-        config, resume = _train_config(arguments, values)
-    except (ArgumentError, ValueError) as reason:
+        run = train_config(arguments[1:], values) if command == "train" else None
+    except (ArgumentError, TypeError, ValueError) as reason:
         return _fail(_one_line(str(reason)), 2)
+    if run is not None:
+        return _train(*run)
+    return _generate(values) if command == "generate" else _info()
+
+
+def _train(config: TrainConfig, resume: bool) -> int:
+    from ssmscan.training import RunError, UsageError, train
+
     try:
         metrics = train(config, resume)
+        measured = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.evaluation.items())
         print(
-            f"accuracy {metrics.accuracy:.4f} on fresh data after {metrics.steps} steps in {metrics.seconds:.0f} s; "
-            f"config, log, plot, metrics and weights are in {config.out}",
+            f"{measured} on fresh data after {metrics.steps} steps in {metrics.seconds:.0f} s; "
+            f"config, log, plot, metrics and model are in {config.out}",
             flush=True,
         )
     except UsageError as reason:
@@ -146,86 +154,113 @@ def _fail(message: str, status: int) -> int:
 def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     from jsonargparse import ArgumentParser
 
+    from ssmscan.training.options import train_parser
+
     parser = ArgumentParser(prog="ssmscan", description=ssmscan.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ssmscan {ssmscan.__version__}")
     commands = parser.add_subcommands()
-    commands.add_subcommand("train", _train_parser(), help="train a model on a task, or continue a run")
-    commands.add_subcommand("bench", ArgumentParser(exit_on_error=False), help="check, time and record operations")
-    commands.add_subcommand("info", ArgumentParser(exit_on_error=False), help="versions, devices, backends")
-    if arguments[:1] == ["train"]:
-        _check_recipes(arguments[1:])
+    train_arguments = arguments[1:] if arguments[:1] == ["train"] else []
+    for name, subparser, text in (
+        ("train", train_parser(train_arguments), "train a model on a task, or continue a run"),
+        ("generate", _generate_parser(), "continue a text by a model"),
+        ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
+        ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
+    ):
+        commands.add_subcommand(name, subparser, help=text)
     parsed = parser.instantiate(parser.parse_args(arguments))
     return parsed.subcommand, parsed[parsed.subcommand]
-
-
-def _check_recipes(arguments: list[str]) -> None:
-    """Refuse a file behind --config that cannot be read, or holds no options."""
-    import yaml
-
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    known.add_argument("--config", action="append", default=[])
-    for name in known.parse_known_args(arguments)[0].config:
-        try:
-            options = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except OSError as reason:
-            raise ValueError(error("train", "--config must name a YAML file", f"{name}: {reason.strerror}")) from None
-        except UnicodeDecodeError:
-            raise ValueError(error("train", "--config must be UTF-8", name)) from None
-        except yaml.YAMLError as reason:
-            raise ValueError(error("train", "--config must be YAML", f"{name}: {reason}")) from None
-        if not isinstance(options, dict):
-            got = "nothing" if options is None else repr(options)
-            raise ValueError(error("train", "--config must hold options, as in steps: 100", f"{got} in {name}"))
-
-
-def _train_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    from ssmscan.training import TrainConfig
-
-    parser = ArgumentParser(
-        exit_on_error=False,
-        allow_abbrev=False,
-        description="Train a model on a task. Every option can stand in the YAML file, and on the command line "
-        "overrides it, as in --config recipes/demo.yaml --optim.lr 1e-3.",
-    )
-    parser.add_argument("--config", action="config", help="a YAML file of the options below")
-    parser.add_argument("--resume", type=str, default=None, help="folder of a run to continue; takes no other option")
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def _train_config(arguments: list[str], values: Namespace) -> tuple[TrainConfig, bool]:
-    """The run that is asked for, and whether it is to be continued."""
-    from ssmscan.training import TrainConfig
-
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    config = TrainConfig(**{name: values[name] for name in names})
-    if values.resume is None:
-        return config, False
-    others = set(_train_parser().parse_args(arguments[1:], defaults=False).keys()) - {"resume"}
-    if others:
-        got = ", ".join(f"--{name}" for name in sorted(others))
-        raise ValueError(error("train", "--resume must be the only option", got, "A run keeps its config."))
-    folder = Path(values.resume)
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(error("train", "--resume must name a run's folder", f"{folder}, which has no config.yaml"))
-    if (folder / "metrics.json").is_file():
-        raise ValueError(error("train", "--resume must name an unfinished run", f"{folder}, which has its metrics"))
-    written = ["train", "--config", str(folder / "config.yaml")]
-    config, _ = _train_config(written, _parse(written)[1])
-    # The folder may have been moved since.
-    return dataclasses.replace(config, out=str(folder)), True
 
 
 def _one_line(message: str) -> str:
     """An error of the parser or of PyTorch, in the library's form and on one line."""
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
-    message = re.sub(
-        r'Parser key "([^"]*)": Expected (?:a )?(.*?)\. Got value: (.*)', r"\1 must be \2, got \3.", message
-    )
+    key, value = r'Parser key "([^"]*)": ', r"Given value: (.*)"
+    message = re.sub(rf"{key}Expected (?:a )?(.*?)\. Got value: (.*)", r"\1 must be \2, got \3.", message)
+    several = re.search(rf"{key}Does not validate .*Subtypes: \[(.*?)\] Errors: .* {value}", message)
+    if several is not None:
+        name, types, got = several.groups()
+        message = f"{name} must be {' or '.join(types.split(', ')).replace('NoneType', 'null')}, got {got}."
     return message if re.match(r"\w+: ", message) else f"ssmscan: {message}"
+
+
+def _generate_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Continue a text by a model.")
+    parser.add_argument(
+        "--model", type=str, required=True, help="folder of a run or of a model, or its name on the hub"
+    )
+    parser.add_argument("--prompt", type=str, default="\n", help="text to go on from (default: a line break)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of the continuation (tokens)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="scores are divided by it; 0 takes the likeliest token each time"
+    )
+    parser.add_argument("--top-k", type=int | None, default=None, help="draw among so many likeliest (tokens)")
+    parser.add_argument(
+        "--top-p", type=float | None, default=None, help="draw among the likeliest that have this probability together"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    return parser
+
+
+def _generate(values: Namespace) -> int:
+    """Print the prompt, and its continuation as it comes."""
+    from transformers import TextStreamer
+
+    try:
+        sampling = _sampling(values)
+        model, tokenizer = _load(values.model)
+        tokens = torch.tensor([_encode(tokenizer, values.prompt)], device=model.device)
+    except (ValueError, NotImplementedError, OSError) as reason:
+        return _fail(_one_line(str(reason)), 2)
+    torch.manual_seed(values.seed)
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        use_cache=True,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+    return 0
+
+
+def _sampling(values: Namespace) -> dict[str, Any]:
+    """The arguments of generate that say how tokens are chosen, and how many."""
+    check_integer("generate", "--max-new-tokens", values.max_new_tokens, 1)
+    check_integer("generate", "--seed", values.seed, 0)
+    check_integer("generate", "--top-k", 1 if values.top_k is None else values.top_k, 1)
+    if not 0 <= values.temperature < math.inf:
+        raise ValueError(error("generate", "--temperature must be at least 0 and finite", values.temperature))
+    if values.top_p is not None and not 0 < values.top_p <= 1:
+        raise ValueError(error("generate", "--top-p must be in (0, 1]", values.top_p))
+    chosen = {"max_new_tokens": values.max_new_tokens, "do_sample": values.temperature > 0}
+    if values.temperature > 0:
+        chosen |= {"temperature": values.temperature, "top_k": values.top_k or 0, "top_p": values.top_p or 1.0}
+    return chosen
+
+
+def _load(source: str) -> tuple[SSMForCausalLM, PreTrainedTokenizerBase]:
+    """A model of a folder or of the hub, with its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from ssmscan.models import load_pretrained
+
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        raise ValueError(error("generate", "model must have a tokenizer", f"{source}, whose tokens are no text"))
+    model = load_pretrained(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        tokens = tokenizer.encode(prompt)
+    except Exception as reason:  # The class that tokenizers raises where a vocabulary has no word for the unknown.
+        rule = "prompt must consist of what the model was trained on"
+        raise ValueError(error("generate", rule, repr(prompt), f"{reason}.")) from None
+    if not tokens:
+        raise ValueError(error("generate", "prompt must have at least one token", repr(prompt)))
+    return tokens
 
 
 def _info() -> int:

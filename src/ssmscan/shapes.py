@@ -44,10 +44,10 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
 def check_tensors(function: str, required: Mapping[str, Tensor | None], **optional: Tensor | None) -> None:
     """Each of ``required``, and of ``optional`` what is not None, is a dense floating tensor, all on one device."""
     first = device = None
-    for tensors in (required, optional):
+    for tensors, needed in ((required, True), (optional, False)):
         for name, tensor in tensors.items():
             if tensor is None:
-                if tensors is required:
+                if needed:
                     check_dense(function, name, tensor)
                 continue
             if (
@@ -108,11 +108,3 @@ def check_shape(
                 tuple(tensor.shape),
             )
         )
-
-
-def check_state(function: str, name: str, h: Tensor, axes: str, expected: Sequence[int], dtype: torch.dtype) -> None:
-    """``h`` can be updated in place: the shape ``expected``, and the dtype in which states are kept."""
-    check_dense(function, name, h)
-    check_shape(function, name, h, axes, expected, "x")
-    if h.dtype is not dtype:
-        raise TypeError(error(function, f"{name} must be {dtype}, the dtype of states", h.dtype, "Convert it once."))

@@ -6,13 +6,13 @@ import torch
 
 from ssmscan.testing import Call, assert_close, draw_cotangents
 
-# Elements from a batch row to the next, and from a token: the third row and the ninth token are past 2^31. Both fit into
-# 32 bits, so that it is the product which does not.
+# Elements from a batch row to the next, and from a token: the third row and the ninth token are past 2^31. Both fit
+# into 32 bits, so that it is the product which does not.
 BATCH, TIME = 2**30 + 2**16, 2**28
 # More tokens than the largest tile of a walk.
 ROWS, TOKENS = 3, 33
-# An offset that was cut off to 32 bits lands up to 2^31 elements before the tensor, where zeros are read: a wrong result
-# in place of the end of the process.
+# An offset that was cut off to 32 bits lands up to 2^31 elements before the tensor, where zeros are read: a wrong
+# result in place of the end of the process.
 BEFORE = 2**31
 
 

@@ -172,3 +172,59 @@ def test_offloading(case, option, backend, device, size):
         values = call.differentiate(backend, cotangents)
     assert saved
     assert_same_bits(values, call.differentiate(backend, cotangents))
+
+
+@pytest.mark.grid(first=True, backends=("cpu", "triton"))
+def test_transforms_of_functions_are_refused(case, option, backend, device):
+    """Tangents and batches that the kernels do not see would be lost without a word."""
+    # A Jacobian has as many rows as x has numbers.
+    call = case.call(option, case.sizes[0]).cast(torch.float32, device)
+    x = call.tensors["x"]
+
+    def y(x):
+        return call.replace(x=x).run(backend)["y"]
+
+    ones = torch.ones_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=f"{case.name}: a forward-mode derivative needs"):
+            y(torch.autograd.forward_ad.make_dual(x, ones))
+        # Of other tensors the level changes nothing.
+        assert torch.equal(y(x), call.run(backend)["y"])
+    for transform in (
+        lambda: torch.autograd.functional.jacobian(y, x, strategy="forward-mode", vectorize=True),
+        lambda: torch.func.jvp(y, (x,), (ones,)),
+        lambda: torch.func.grad(lambda x: y(x).sum())(x),
+        lambda: torch.func.vmap(y)(torch.stack([x, x])),
+    ):
+        with pytest.raises(NotImplementedError, match=f'{case.name}: a .* needs backend="torch", got backend='):
+            transform()
+
+
+@pytest.mark.grid(first=True, backends=("cpu", "triton"))
+def test_eager_mode_spares_the_dispatcher(case, option, backend, device, size):
+    """Gradients are the same bits whether a mode watches, so that operators run, or not."""
+    call = case.call(option, size, PLAIN).cast(torch.float32, device)
+    recorder = _Recorder()
+    with recorder:
+        watched = call.differentiate(backend)
+    assert {function.overloadpacket._qualified_op_name.split("::")[1] for function, *_ in recorder.calls} >= {
+        f"{case.name}_backward"
+    }
+    assert_same_bits(call.differentiate(backend), watched)
+
+
+@pytest.mark.grid(first=True, cuda_only=True, settings=(PLAIN, H0))
+def test_calls_from_a_record(case, option, backend, device, dtype, setting, monkeypatch):
+    """From the third call of the same shapes on: other values at other addresses, among memory full of NaN."""
+    from ssmscan.ops._triton.record import Recorded
+
+    calls = [case.call(option, size, setting).cast(dtype, device) for size in case.large[:2] for _ in range(4)]
+    calls = [call.replace(x=call.tensors["x"] * (1 + i)) for i, call in enumerate(calls)]
+    repeated = []
+    for call in calls:
+        filler = [torch.full((1 << 16,), torch.nan, device=device) for _ in range(16)]
+        del filler
+        repeated.append(call.differentiate(backend))
+    monkeypatch.setattr(Recorded, "__call__", lambda self, *arguments: self.function(*arguments))
+    for call, values in zip(calls, repeated, strict=True):
+        assert_same_bits(values, call.differentiate(backend))

@@ -38,3 +38,7 @@ def build(name, dtype=torch.float64):
         for p in layer.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return layer
+
+
+# One of each class, for what takes long.
+KINDS = ("gated_ssm", "matrix_ssm", "s4d", "mamba", "mamba2", "hydra", "rg_lru", "attention")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssmscan.tasks import IGNORE, Copying, SelectiveCopying, accuracy
+from ssmscan.tasks import IGNORE, Copying, SelectiveCopying, cross_entropy
 
 TASKS = (Copying, SelectiveCopying)
 
@@ -55,10 +55,14 @@ def test_no_evaluation_example_is_trained_on():
     assert not seen["train"] & seen["eval"]
 
 
-def test_accuracy_counts_answer_tokens_alone():
+def test_answer_tokens_alone_are_measured():
     targets = torch.tensor([[IGNORE, 1, 2, 0]])
     logits = torch.eye(3)[torch.tensor([[0, 1, 2, 2]])]
-    assert accuracy(logits, targets).item() == pytest.approx(2 / 3)
+    measures = Copying().measure(logits, targets)
+    assert measures["accuracy"] == (2, 3)
+    likely, other = torch.eye(3)[0].log_softmax(0)[:2].tolist()
+    assert measures["loss"] == (pytest.approx(-2 * likely - other), 3)
+    assert cross_entropy(logits, targets).item() == pytest.approx((-2 * likely - other) / 3)
 
 
 def test_rendering():

@@ -1,6 +1,7 @@
 """The training loop: what a run leaves, resuming bit for bit, and the ways to fail."""
 
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -11,12 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
 from torch import nn
 
-from ssmscan.models import LanguageModel, LanguageModelConfig
-from ssmscan.tasks import IGNORE, SelectiveCopying
-from ssmscan.training import OptimConfig, RunError, TaskConfig, TrainConfig, UsageError, checkpoint, loop, train
+from ssmscan.models import load_pretrained
+from ssmscan.models.modeling import CausalLMOutputWithPast
+from ssmscan.tasks import IGNORE, SelectiveCopying, Text
+from ssmscan.training import (
+    ModelConfig,
+    OptimConfig,
+    RunError,
+    TrainConfig,
+    UsageError,
+    checkpoint,
+    loop,
+    train,
+)
 from ssmscan.training.folder import LOCK, RUN_FILES
 from ssmscan.training.optim import make_optimizer
 
@@ -28,8 +38,8 @@ TINY = TrainConfig(
     log_every=1,
     save_every=10,
     device="cpu",
-    task=TaskConfig(symbols=3, data_tokens=2, length=5),
-    model=LanguageModelConfig(hidden_size=8, layers=2, state_size_mult=2),
+    task=SelectiveCopying(symbols=3, data_tokens=2, length=5),
+    model=ModelConfig(mixers="gated_ssm", layers=2, hidden_size=8, mixer_options={"gated_ssm": {"expand": 2}}),
     optim=OptimConfig(warmup=5),
 )
 
@@ -50,23 +60,28 @@ def whole(tmp_path_factory):
 
 def test_what_a_run_leaves(whole):
     folder, metrics = whole
-    assert sorted(path.name for path in folder.iterdir()) == sorted((*RUN_FILES, LOCK))
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*RUN_FILES, LOCK} - {"tokenizer.json", "tokenizer_config.json"}
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000010", "step_00000020"]
     assert list((folder / "tensorboard").iterdir())
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     written = json.loads((folder / "metrics.json").read_text())
-    assert written["accuracy"] == metrics.accuracy
+    assert written["evaluation"] == metrics.evaluation
+    assert metrics.evaluation.keys() == {"loss", "accuracy"}
     assert written["steps"] == 20
     assert written["versions"]["torch"] == torch.__version__
     lines = _log(folder)
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 21))
     assert [line["step"] for line in lines if line["split"] == "eval"] == [10, 20]
-    assert lines[-1]["accuracy"] == metrics.accuracy
+    assert lines[-1]["accuracy"] == metrics.evaluation["accuracy"]
 
-    model = LanguageModel(TINY.task.build().vocab_size, TINY.model)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    assert loop.evaluate(model, TINY.task.build(), TINY, 20, torch.device("cpu")) == (metrics.loss, metrics.accuracy)
+
+@pytest.mark.parametrize("part", ["", "checkpoints/step_00000020"])
+def test_the_model_that_a_run_leaves(whole, part):
+    folder, metrics = whole
+    model = load_pretrained(folder / part)
+    assert loop.evaluate(model, TINY, 20, torch.device("cpu")) == metrics.evaluation
 
 
 def test_the_written_config_is_the_run(whole):
@@ -81,10 +96,8 @@ def test_killed_while_saving_and_resumed(whole, tmp_path):
     """10 steps, a kill inside the save of step 20, and 10 steps more give the bits of 20 steps."""
     driver = f"""
 import os, signal
-from ssmscan.models import LanguageModelConfig
-from ssmscan.training.folder import LOCK, RUN_FILES
-from ssmscan.training.optim import make_optimizer
-from ssmscan.training import OptimConfig, TaskConfig, TrainConfig, checkpoint, train
+from ssmscan.tasks import SelectiveCopying
+from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, checkpoint, train
 
 write = checkpoint._write_manifest
 
@@ -144,23 +157,28 @@ def test_every_evaluation_has_examples_of_its_own(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(SelectiveCopying, "batch", recorded)
-    train(replace(TINY, out=str(tmp_path), task=TaskConfig(length=20), steps=6, eval_every=2, eval_examples=10))
+    train(replace(TINY, out=str(tmp_path), task=SelectiveCopying(length=20), steps=6, eval_every=2, eval_examples=10))
     # Three evaluations of 10, and the example that is shown at the end.
     assert len(set(seen)) == len(seen) == 3 * 10 + 1
 
 
 def test_an_evaluation_counts_each_answer_once():
     """Also where the last batch is smaller than the others."""
-    task, config = TINY.task.build(), replace(TINY, batch_size=4, eval_examples=6)
-    # Whatever it reads, it says symbol 1, more or less surely: right in a third of the answers.
-    model = nn.Embedding.from_pretrained(torch.tensor([0.3, 1.1, 0.2, -1.0, 0.4]).repeat(task.vocab_size, 1))
-    batches = [task.batch(size, config.seed, 2 * 7 + i, "eval") for i, size in enumerate((4, 2))]
+
+    class Stubborn(nn.Module):
+        """Whatever it reads, it says symbol 1, more or less surely: right in a third of the answers."""
+
+        def forward(self, tokens, use_cache=False):
+            return CausalLMOutputWithPast(logits=torch.tensor([0.3, 1.1, 0.2, -1.0, 0.4]).expand(*tokens.shape, 5))
+
+    config = replace(TINY, batch_size=4, eval_examples=6)
+    batches = [TINY.task.batch(size, config.seed, 2 * 7 + i, "eval") for i, size in enumerate((4, 2))]
     targets = torch.cat([batch.targets for batch in batches]).flatten()
-    logits = model(torch.cat([batch.tokens for batch in batches])).flatten(0, 1)
-    asked = targets != IGNORE
-    loss, accuracy = loop.evaluate(model, task, config, 7, torch.device("cpu"))
-    assert loss == pytest.approx(F.cross_entropy(logits[asked], targets[asked]).item(), rel=1e-6)
-    assert accuracy == pytest.approx((logits.argmax(-1) == targets)[asked].float().mean().item(), rel=1e-6)
+    targets = targets[targets != IGNORE]
+    logits = Stubborn()(targets).logits
+    measures = loop.evaluate(Stubborn(), config, 7, torch.device("cpu"))
+    assert measures["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert measures["accuracy"] == pytest.approx((targets == 1).float().mean().item(), rel=1e-6)
 
 
 def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
@@ -184,10 +202,10 @@ def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
 
 
 def test_stops_when_the_target_is_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "evaluate", lambda model, task, config, step, device: (1.0, 0.1 * step))
+    monkeypatch.setattr(loop, "evaluate", lambda model, config, step, device: {"loss": 1.0, "accuracy": 0.1 * step})
     metrics = train(replace(TINY, out=str(tmp_path), eval_every=3, target_accuracy=0.5))
     assert metrics.steps == 6
-    assert metrics.accuracy == pytest.approx(0.6)
+    assert metrics.evaluation["accuracy"] == pytest.approx(0.6)
 
 
 def test_fails_when_the_target_is_not_reached(tmp_path):
@@ -198,30 +216,29 @@ def test_fails_when_the_target_is_not_reached(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_stops_before_a_non_finite_update(tmp_path, monkeypatch, what):
-    weights = []
-    loss_of = loop._loss
+    made, weights = [], []
+
+    def prepare(config):
+        made[:] = loop_prepare(config)
+        return made
 
     def spoiled(logits, targets):
-        loss = loss_of(logits, targets)
-        if len(weights) < 2 or not loss.requires_grad:
+        loss = cross_entropy(logits, targets)
+        weights.append(made[1].lm_head.weight.detach().clone())
+        if len(weights) < 2:
             return loss
         if what == "loss":
             return loss * float("nan")
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    class Recorded(LanguageModel):
-        def forward(self, *arguments):
-            if self.training:
-                weights.append((self, self.head.weight.detach().clone()))
-            return super().forward(*arguments)
-
-    monkeypatch.setattr(loop, "_loss", spoiled)
-    monkeypatch.setattr(loop, "LanguageModel", Recorded)
+    loop_prepare, cross_entropy = loop._prepare, loop.cross_entropy
+    monkeypatch.setattr(loop, "_prepare", prepare)
+    monkeypatch.setattr(loop, "cross_entropy", spoiled)
     with pytest.raises(RunError, match=r"must be finite, got .* at step 2\. The update was not made"):
         train(replace(TINY, out=str(tmp_path)))
-    model, before = weights[1]
-    assert torch.equal(model.head.weight, before)
+    assert torch.equal(made[1].lm_head.weight, weights[1])
+    assert not torch.equal(weights[0], weights[1])
     assert not (tmp_path / "metrics.json").exists()
 
 
@@ -268,3 +285,84 @@ def test_checkpoints_hold_no_pickled_code(whole):
     training = torch.load(whole[0] / "checkpoints" / "step_00000020" / "training.pt", weights_only=True)
     assert set(training) == {"optimizer", "random", "seconds"}
     assert checkpoint._fault(whole[0] / "checkpoints" / "step_00000020") is None
+
+
+@pytest.fixture
+def play(tmp_path):
+    """A file of text."""
+    path = tmp_path / "play.txt"
+    path.write_text("KING:\nTo be, or not to be – that is the question.\n" * 20, encoding="utf-8")
+    return path
+
+
+def test_text_resumed_on_the_same_bits(play, tmp_path, monkeypatch):
+    config = replace(
+        TINY, task=Text(str(play), length=16), model=ModelConfig(mixers=["mamba", "gated_ssm"], hidden_size=8)
+    )
+    whole = train(replace(config, out=str(tmp_path / "whole")))
+    assert whole.evaluation.keys() == {"loss", "accuracy", "bits_per_character"}
+    assert whole.evaluation["bits_per_character"] == pytest.approx(whole.evaluation["loss"] / math.log(2))
+
+    def save(*arguments):
+        checkpoint_save(*arguments)
+        raise KeyboardInterrupt
+
+    checkpoint_save = checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, out=str(tmp_path / "run")))
+    assert train(replace(config, out=str(tmp_path / "run")), resume=True).evaluation == whole.evaluation
+    assert _log(tmp_path / "run") == _log(tmp_path / "whole")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_is_not_continued_on_another_text(play, tmp_path):
+    # A name that a plot's title must not take for a formula.
+    play = play.rename(tmp_path / "a$^$ play.txt")
+    config = replace(TINY, out=str(tmp_path / "run"), task=Text(str(play), length=16), steps=1)
+    train(config)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]
+    assert written.pop("name") == "text"
+    play.write_text(play.read_text(encoding="utf-8").replace("be", "do"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"text: data must have the SHA-256 \w+, got \w+\. Its content has changed"):
+        train(replace(config, task=Text(**written), steps=2), resume=True)
+
+
+def test_a_text_is_not_for_a_model_that_sees_its_end(play, tmp_path):
+    hydra = ModelConfig(mixers="hydra", hidden_size=8, mixer_options={"hydra": {"headdim": 4}})
+    config = replace(TINY, out=str(tmp_path / "run"), task=Text(str(play), length=16), model=hydra)
+    with pytest.raises(UsageError, match="train: mixers must be causal for the task text, got hydra"):
+        train(config)
+    train(replace(config, task=TINY.task, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "part"),
+    [
+        ({"layers": 1.5}, "model: layers must be an integer, got 1.5"),
+        ({"layers": 1}, "model: layers must be at least 2, got 1"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"mixers": "mambo"}, "mixers must be of .*, got 'mambo'"),
+        ({"mixer_options": {"mamba": {"d_stat": 3}}}, "mixer_options"),
+    ],
+)
+def test_model_refusals(keywords, part):
+    with pytest.raises(TypeError if "an integer" in part else ValueError, match=part):
+        ModelConfig(**keywords)
+
+
+def test_mixers_are_repeated_through_the_layers():
+    hybrid = ModelConfig(["mamba2", "mamba2", "attention"], 7, mixer_options={"attention": {"num_heads": 2}}).build(5)
+    assert hybrid.mixers == ["mamba2", "mamba2", "attention", "mamba2", "mamba2", "attention", "mamba2"]
+    assert ModelConfig(mixers="s4d").build(5).mixers == ["s4d"]
+    assert ModelConfig(mixers="s4d", layers=2).build(5).mixers == ["s4d", "s4d"]
+
+
+def test_a_model_that_cannot_be_built_is_refused(tmp_path):
+    """Where only a layer knows."""
+    config = replace(TINY, out=str(tmp_path / "run"), model=ModelConfig(mixers="mamba2", hidden_size=8))
+    with pytest.raises(UsageError, match="headdim"):
+        train(config)
+    assert not (tmp_path / "run").exists()

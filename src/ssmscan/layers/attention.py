@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmscan.layers.conv import ShortConv
-from ssmscan.layers.mixer import Kept, Mixer, positive
+from ssmscan.layers.mixer import Kept, Mixer, no_state, positive
 from ssmscan.layers.state import write
 from ssmscan.ops import linear_scan
 from ssmscan.shapes import error
@@ -134,13 +134,12 @@ class Attention(Mixer):
 
     def state_layout(self) -> AttentionState:
         if not self.causal:
-            rule = "state must be None with causal=False"
-            raise NotImplementedError(error("Attention", rule, "one", "Give the layer the whole sequence."))
+            raise NotImplementedError(no_state(type(self).__name__))
         dtype = self.state_dtype()
         conv = Kept((0, self.in_proj.out_features), dtype) if self.conv1d is None else self.conv1d.kept(dtype)
         stored = self.reference_parameter().dtype
         pairs = Kept((-1, self.num_heads_kv, self.head_dim), stored if stored.is_floating_point else dtype)
-        return AttentionState(conv, pairs, pairs, Kept((), torch.int64))  # type: ignore[arg-type]
+        return AttentionState._make([conv, pairs, pairs, Kept((), torch.int64)])
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
         """The state before the first token of ``batch_size`` sequences of at most ``max_length`` tokens."""
@@ -155,14 +154,15 @@ class Attention(Mixer):
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
         x = self.enter(x, state, cu_seqlens, mask)
+        sequence, position, poison = _places(x, cu_seqlens, mask)
+        if state is not None:
+            position = position + state.length[sequence]
+            _check_length(position, state)
         qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, None if state is None else state.conv, cu_seqlens, mask)
         heads, groups = self.num_heads, self.num_heads_kv
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], -2)
-        sequence, position, poison = _places(x, cu_seqlens, mask)
-        if state is not None:
-            position = position + state.length[sequence]
         q, k = self._rotate(qk, position).split([heads, groups], -2)
         if state is None:
             y = self._attend(q, k, v, self._visible(sequence, position, cu_seqlens, mask))
@@ -213,9 +213,6 @@ class Attention(Mixer):
         """Add keys and values to the state, and attend over all of it."""
         rows, places = state.keys.shape[:2]
         spare = places - 1
-        if position.device.type == "cpu" and not torch.compiler.is_compiling() and (position >= spare).any():
-            rule = f"a sequence must have at most max_length = {spare} tokens"
-            raise ValueError(error("Attention", rule, int(position.max()) + 1, "Make a longer state."))
         place = position.clamp(0, spare)
         if mask is not None:
             place = torch.where(mask.bool(), place, spare)
@@ -237,16 +234,29 @@ class Attention(Mixer):
         return y.masked_fill((position >= spare)[..., None, None], torch.nan)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        q, k, v = (part.to(q.dtype).transpose(1, 2) for part in (q, k, v))
-        mask = None if visible is None else visible.unsqueeze(1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None and self.causal, enable_gqa=self.num_heads != self.num_heads_kv
-        )
-        return y.transpose(1, 2)
+        """The values that each query sees, weighted: (b, l, h, p) from q (b, l, h, p) and k and v (b, j, g, p)."""
+        k, v = (part.to(q.dtype).transpose(1, 2) for part in (k, v))
+        if visible is None:
+            shared = self.num_heads != self.num_heads_kv
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=self.causal, enable_gqa=shared)
+            return y.transpose(1, 2)
+        # With a mask few kernels know of shared keys: heads that share them become one with as many times the queries.
+        sharing = self.num_heads // self.num_heads_kv
+        q = q.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, sharing, 1).unsqueeze(1))
+        return y.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"
         return f"d_model={self.d_model}, {heads}, rotary_emb_dim={self.rotary_emb_dim}, window={self.window}"
+
+
+def _check_length(position: Tensor, state: AttentionState) -> None:
+    """Refuse more tokens than a state can hold, where their number can be read without waiting for a device."""
+    longest = state.keys.shape[1] - 1
+    if position.is_cpu and not torch.compiler.is_compiling() and (position >= longest).any():
+        rule = f"a sequence must have at most max_length = {longest} tokens"
+        raise ValueError(error("Attention", rule, int(position.max()) + 1, "Make a longer state."))
 
 
 def _places(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

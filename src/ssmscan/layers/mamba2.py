@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmscan.layers.conv import ShortConv
-from ssmscan.layers.mixer import Kept, Mixer, positive
+from ssmscan.layers.mixer import Kept, Mixer, no_state, positive
 from ssmscan.layers.norm import GatedRMSNorm
 from ssmscan.layers.parameters import wide
 from ssmscan.layers.start import check_steps, draw_step_bias_
@@ -120,12 +120,12 @@ class Mamba2(Mixer):
         self.headdim = headdim
         self.ngroups = ngroups
         self.nheads = self.d_inner // headdim
-        for argument, divisor in (("headdim", headdim), ("norm_groups", norm_groups)):
-            if self.d_inner % divisor:
-                rule = f"{argument} must divide expand * d_model = {self.d_inner}"
-                raise ValueError(error(name, rule, divisor))
+        if self.d_inner % headdim:
+            raise ValueError(error(name, f"headdim must divide expand * d_model = {self.d_inner}", headdim))
         if self.nheads % ngroups:
             raise ValueError(error(name, f"ngroups must divide the {self.nheads} heads", ngroups))
+        if self.d_inner % norm_groups:
+            raise ValueError(error(name, f"norm_groups must divide expand * d_model = {self.d_inner}", norm_groups))
         self.A_init_range = A_init_range
         self.dt_start = (dt_min, dt_max, dt_init_floor)
         self.dt_limit = tuple(dt_limit)
@@ -155,12 +155,10 @@ class Mamba2(Mixer):
 
     def state_layout(self) -> Mamba2State:
         if not self.causal:
-            rule = "state must be None in a layer that is not causal"
-            advice = "It reads a sequence from both ends: give it the whole sequence."
-            raise NotImplementedError(error(type(self).__name__, rule, "one", advice))
+            raise NotImplementedError(no_state(type(self).__name__))
         dtype = self.state_dtype()
         scan = Kept((self.nheads, self.headdim, self.d_state), dtype)
-        return Mamba2State(self.conv1d.kept(dtype), scan)  # type: ignore[arg-type]
+        return Mamba2State._make([self.conv1d.kept(dtype), scan])
 
     def forward(
         self,

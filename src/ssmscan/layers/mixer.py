@@ -110,6 +110,12 @@ def hide(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.bool().unsqueeze(-1), 0)
 
 
+def no_state(name: str) -> str:
+    """The error of a layer that reads a sequence from both ends."""
+    advice = "It reads a sequence from both ends: give it the whole sequence."
+    return error(name, "state must be None in a layer that is not causal", "one", advice)
+
+
 def positive(name: str, **sizes: int) -> None:
     """Refuse a size that is not a positive integer."""
     for argument, size in sizes.items():

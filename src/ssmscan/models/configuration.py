@@ -58,9 +58,9 @@ class SSMConfig(PretrainedConfig):
 
     Example:
         >>> from ssmscan.models import SSMConfig
-        >>> config = SSMConfig(vocab_size=256, hidden_size=64, mixers=["mamba2", "mamba2", "attention"])
-        >>> config.num_hidden_layers, config.layer_types[-1]
-        (3, 'full_attention')
+        >>> config = SSMConfig(vocab_size=256, hidden_size=64, mixers=["mamba", "mamba", "mamba2"])
+        >>> config.num_hidden_layers
+        3
     """
 
     model_type = "ssmscan"

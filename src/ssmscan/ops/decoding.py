@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.registration import needs_grad, observed
-from ssmscan.shapes import INDEX, check_shape, error
+from ssmscan.shapes import INDEX, check_dense, check_shape, error
 
 # The output of one token, and the state after it, from the inputs of the token and the state before it.
 Token = Callable[..., tuple[Tensor, Tensor]]
@@ -36,12 +36,11 @@ def check_state(
     With ``state_indices`` it has any number of them, and the indices are rows of it, or -1. On a GPU their values are
     not read here, for that would stall the stream: what is no row of ``h`` is as -1 then.
     """
+    check_dense(function, "h", h)
     if state_indices is None:
         check_shape(function, "h", h, f"b, {axes}", (b, *shape), "x")
         return
-    if not isinstance(state_indices, Tensor):
-        got = type(state_indices).__name__
-        raise TypeError(error(function, "state_indices must be a torch.Tensor", got, "Use torch.tensor."))
+    check_dense(function, "state_indices", state_indices)
     if state_indices.dtype not in INDEX:
         raise TypeError(error(function, "state_indices must be int32 or int64", state_indices.dtype, "Convert it."))
     check_shape(function, "state_indices", state_indices, "b", (b,), "x")
@@ -49,7 +48,7 @@ def check_state(
         rule = f"state_indices must be on the device of h, {h.device}"
         raise ValueError(error(function, rule, state_indices.device, "Move it there."))
     check_shape(function, "h", h, f"rows, {axes}", (*h.shape[:1], *shape), "x")
-    if h.device.type == "cpu" and not observed((h,)):
+    if h.is_cpu and not observed((h, state_indices)):
         rows = h.shape[0]
         for index in state_indices.tolist():
             if not -1 <= index < rows:
@@ -80,8 +79,10 @@ def advance(
     ``inputs`` are what ``token`` reads of each token, x first: (b, l, ...) of ``several`` tokens, (b, ...) of one.
     """
     if state_indices is None:
-        y, state = _run(token, inputs, h, several, dtype)
-        h.copy_(state)
+        # A derivative may need the state before.
+        before = h.clone() if torch.is_grad_enabled() else h
+        y, after = _run(token, inputs, before, several, dtype)
+        h.copy_(after)
         return y
     x = inputs[0]
     assert x is not None
@@ -106,7 +107,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """y of one or several tokens, and the state after them, in the dtype of the one before."""
     if not several:
-        y, after = token(*inputs, state.to(dtype))
+        # PyTorch computes in vectors what lies in a row, and rounds differently there.
+        y, after = token(*(t if t is None else t.contiguous() for t in inputs), state.to(dtype).contiguous())
         return y, after.to(state.dtype)
     ys = []
     for columns in zip(*(repeat(None) if t is None else t.unbind(1) for t in inputs), strict=False):

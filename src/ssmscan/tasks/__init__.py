@@ -1,7 +1,22 @@
-"""Tasks: seeded sources of batches, with the metric and a rendering of their answers."""
+"""Tasks: seeded sources of batches, with their metrics and a rendering of their answers."""
 
 from ssmscan.tasks.copying import Copying
 from ssmscan.tasks.selective_copying import SelectiveCopying
-from ssmscan.tasks.task import IGNORE, Batch, Split, Task, accuracy
+from ssmscan.tasks.task import IGNORE, Batch, Measure, Split, Task, cross_entropy
+from ssmscan.tasks.text import Text
 
-__all__ = ["IGNORE", "Batch", "Copying", "SelectiveCopying", "Split", "Task", "accuracy"]
+# By the name that a recipe gives.
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Copying, SelectiveCopying, Text)}
+
+__all__ = [
+    "IGNORE",
+    "TASKS",
+    "Batch",
+    "Copying",
+    "Measure",
+    "SelectiveCopying",
+    "Split",
+    "Task",
+    "Text",
+    "cross_entropy",
+]

@@ -1,6 +1,8 @@
 """Copying: memorise, wait, reproduce."""
 
 import string
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 
 
+@dataclass(frozen=True)
 class Copying(Task):
     """Data tokens, a wait of noise tokens, then markers at which the data must be reproduced in order.
 
@@ -20,9 +23,9 @@ class Copying(Task):
     fed back: the model has to keep its place by itself.
 
     Args:
-        symbols: number of data symbols, 1 to 62 (a letter or digit each when rendered). Default 16.
-        data_tokens: how many to memorise. Default 8.
-        length: tokens before the first marker. Default 64.
+        symbols: number of data symbols, 1 to 62 (a letter or digit each when rendered).
+        data_tokens: how many an example holds (tokens).
+        length: what comes before the first marker (tokens).
 
     Raises:
         TypeError: an argument that is not an integer.
@@ -37,17 +40,32 @@ class Copying(Task):
         ([4, 4, 4, 5, 5], [-100, -100, -100, -100, -100])
     """
 
-    name = "copying"
+    name: ClassVar[str] = "copying"
 
-    def __init__(self, symbols: int = 16, data_tokens: int = 8, length: int = 64) -> None:
-        for name, value in (("symbols", symbols), ("data_tokens", data_tokens), ("length", length)):
-            check_integer(self.name, name, value, 1)
-        if symbols > len(_LETTERS):
-            raise ValueError(error(self.name, f"symbols must be 1 to {len(_LETTERS)}", symbols))
-        if data_tokens > length:
-            raise ValueError(error(self.name, f"data_tokens must be 1 to length = {length}", data_tokens))
-        self.symbols, self.data_tokens, self.length = symbols, data_tokens, length
-        self.noise, self.marker = symbols, symbols + 1
+    symbols: int = 16
+    data_tokens: int = 8
+    length: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("symbols", "data_tokens", "length"):
+            check_integer(self.name, field, getattr(self, field), 1)
+        if self.symbols > len(_LETTERS):
+            raise ValueError(error(self.name, f"symbols must be 1 to {len(_LETTERS)}", self.symbols))
+        if self.data_tokens > self.length:
+            raise ValueError(error(self.name, f"data_tokens must be 1 to length = {self.length}", self.data_tokens))
+
+    @property
+    def noise(self) -> int:
+        return self.symbols
+
+    @property
+    def marker(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def title(self) -> str:
+        task = self.name.replace("_", " ")
+        return f"{task}: {self.data_tokens} data tokens of {self.symbols} symbols in {self.length}"
 
     @property
     def vocab_size(self) -> int:

@@ -1,10 +1,14 @@
 """Selective copying: pick the data tokens out of noise, and reproduce them in order."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 
 from ssmscan.tasks.copying import Copying
 
 
+@dataclass(frozen=True)
 class SelectiveCopying(Copying):
     """:class:`Copying` with the data tokens scattered at random through the noise.
 
@@ -22,7 +26,7 @@ class SelectiveCopying(Copying):
         [4, 4, 4, 4]
     """
 
-    name = "selective_copying"
+    name: ClassVar[str] = "selective_copying"
 
     def _positions(self, random: np.random.Generator, size: int) -> np.ndarray:
         order = random.random((size, self.length)).argsort(1)

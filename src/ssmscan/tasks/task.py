@@ -1,11 +1,15 @@
-"""What every task is: a source of batches that any step can be asked for, and a metric."""
+"""What every task is: a source of batches that any step can be asked for, and what is measured of the answers."""
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Target of a position that is not part of the answer: no loss, no metric.
 IGNORE = -100
@@ -24,13 +28,32 @@ class Batch(NamedTuple):
         return Batch(self.tokens.to(device), self.targets.to(device))
 
 
+class Measure(NamedTuple):
+    """A metric as a sum over so many answers: measures of batches of any size add up."""
+
+    total: float
+    answers: int
+
+
 class Task(ABC):
-    """A stream of batches for training and another for evaluation, each a function of seed and index alone."""
+    """A stream of batches for training and another for evaluation, each a function of seed and index alone.
+
+    A task is a frozen dataclass: its fields are what a recipe says of it beside its name.
+    """
+
+    name: ClassVar[str]
+    # Whether the answer at a token is in those that follow, which the model then must not see.
+    foretells: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
         """Number of tokens v."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The task in a line, for a plot."""
 
     @abstractmethod
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
@@ -39,6 +62,32 @@ class Task(ABC):
     @abstractmethod
     def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
         """One example, all arguments (l,), as a person would read it."""
+
+    def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Measure]:
+        """What is told of an evaluation: logits (b, l, v) and targets (b, l) of one batch.
+
+        ``loss`` is the cross entropy of the answers (nats), ``accuracy`` the fraction that the greatest logit names.
+        """
+        asked = targets != IGNORE
+        answers = int(asked.sum())
+        right = (logits.argmax(-1) == targets)[asked].sum()
+        return {
+            "loss": Measure(cross_entropy(logits, targets, "sum").item(), answers),
+            "accuracy": Measure(right.item(), answers),
+        }
+
+    def pinned(self) -> Self:
+        """The task as a run writes it down, so that it cannot be continued on other data."""
+        return self
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """What turns tokens into text and back, where they are text."""
+        return None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Cross entropy of the answer tokens, in nats: logits (b, l, v), targets (b, l), a scalar."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 def generator(seed: int, index: int, split: Split) -> np.random.Generator:
@@ -51,9 +100,3 @@ def generator(seed: int, index: int, split: Split) -> np.random.Generator:
     key = np.array([seed, _SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Fraction of the answer tokens that the greatest logit names: logits (b, l, v), targets (b, l), a scalar."""
-    asked = targets != IGNORE
-    return (logits.argmax(-1) == targets)[asked].float().mean()

@@ -1,8 +1,9 @@
 """Checkpoints that a crash cannot spoil.
 
-``checkpoints/step_00000500`` holds ``model.safetensors``, ``training.pt`` (the optimizer, the random number generators,
-the seconds spent) and ``manifest.json``, the SHA-256 of each. They are written to a temporary folder and synced, the
-manifest last, then the folder is renamed. A folder whose files do not match its manifest is not used.
+``checkpoints/step_00000500`` holds the model as :func:`ssmscan.models.load_pretrained` reads it, ``training.pt`` (the
+optimizer, the random number generators, the seconds spent) and ``manifest.json``, the SHA-256 of each file. They are
+written to a temporary folder and synced, the manifest last, then the folder is renamed. A folder whose files do not
+match its manifest is not used.
 """
 
 import hashlib
@@ -10,33 +11,44 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_model
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ssmscan.tasks import Task
 from ssmscan.training.folder import naming, sync
 
-_FILES = ("model.safetensors", "training.pt")
+_MODEL = "model.safetensors"
+_TRAINING = "training.pt"
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
-def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, seconds: float, keep: int) -> None:
+def save(
+    root: Path,
+    step: int,
+    model: PreTrainedModel,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    seconds: float,
+    keep: int,
+) -> None:
     """Write the checkpoint of ``step`` under ``root``, and remove all but the ``keep`` newest."""
     root.mkdir(parents=True, exist_ok=True)
     temporary, final = root / f"unfinished_{step:08d}", root / f"step_{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        # Weights that are tied stand in the file once.
-        with naming(temporary / "model.safetensors"):
-            save_model(model, str(temporary / "model.safetensors"))
+        save_model(temporary, model, task)
         training = {"optimizer": optimizer.state_dict(), "random": _random_state(), "seconds": seconds}
         # Through a file of Python's, whose errors say why a write failed.
-        with naming(temporary / "training.pt"), (temporary / "training.pt").open("wb") as file:
+        with naming(temporary / _TRAINING), (temporary / _TRAINING).open("wb") as file:
             torch.save(training, file)
         with naming(temporary / _MANIFEST):
             _write_manifest(temporary, step)
@@ -50,7 +62,29 @@ def save(root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
         shutil.rmtree(old)
 
 
-def load(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def save_model(folder: Path, model: PreTrainedModel, task: Task) -> None:
+    """Write what :func:`ssmscan.models.load_pretrained` and ``ssmscan generate`` read."""
+    with naming(folder / _MODEL), _no_bar():
+        model.save_pretrained(folder)
+    tokenizer = task.tokenizer()
+    if tokenizer is not None:
+        with naming(folder / "tokenizer.json"):
+            tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the bar that transformers shows for every file."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load(root: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Restore the newest complete checkpoint under ``root``, random numbers included; its step and seconds.
 
     Warns of each broken one that it passes over. Without any, nothing is restored and the step is 0.
@@ -60,8 +94,8 @@ def load(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
         if fault is not None:
             warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=2)
             continue
-        training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        load_model(model, folder / "model.safetensors")
+        training = torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
+        load_model(model, folder / _MODEL)
         optimizer.load_state_dict(training["optimizer"])
         _set_random_state(training["random"])
         return _step(folder), training["seconds"]
@@ -79,9 +113,8 @@ def _step(folder: Path) -> int:
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    hashes = {}
-    for name in _FILES:
-        hashes[name] = _sha256(folder / name)
+    hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    for name in hashes:
         sync(folder / name)
     (folder / _MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
     sync(folder / _MANIFEST)
@@ -92,12 +125,14 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file matches the manifest."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        for name in _FILES:
-            if _sha256(folder / name) != hashes[name]:
+        if not hashes.keys() >= {_MODEL, _TRAINING}:
+            return f"{_MANIFEST} is not complete"
+        for name, expected in hashes.items():
+            if _sha256(folder / name) != expected:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_MANIFEST} is not readable"
     return None
 

@@ -3,13 +3,12 @@
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from itertools import cycle, islice
+from typing import Any, Literal
 
-from ssmscan.models import LanguageModelConfig
+from ssmscan.models import SSMConfig
 from ssmscan.shapes import check_integer, error
-from ssmscan.tasks import Copying, SelectiveCopying, Task
-
-TASKS: dict[str, type[Copying]] = {task.name: task for task in (Copying, SelectiveCopying)}
+from ssmscan.tasks import SelectiveCopying, Task
 
 
 def _require(holds: bool, section: str, rule: str, got: object) -> None:
@@ -18,26 +17,42 @@ def _require(holds: bool, section: str, rule: str, got: object) -> None:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
-    """What is learned.
+class ModelConfig:
+    """The shape of the model, a :class:`ssmscan.models.SSMForCausalLM`.
 
     Args:
-        name: the task.
-        symbols: number of data symbols.
-        data_tokens: how many of them an example holds (tokens).
-        length: what comes before the answer (tokens).
+        mixers: the mixer of each layer, first to last: gated_ssm, matrix_ssm, s4d, mamba, mamba2, hydra, rg_lru or
+            attention.
+        layers: number of layers, through which the names in mixers, one or several, are repeated; null is one layer
+            for each name.
+        hidden_size: width m of the residual stream (channels).
+        mixer_options: arguments of a mixer's class, by its name, as in {mamba2: {d_state: 64}}.
+        intermediate_size: width of the gated MLP behind each mixer; 0 is no MLP (channels).
+        norm_eps: added to the mean square in every norm.
+        tie_word_embeddings: the head's weight is the embedding's.
     """
 
-    name: Literal["copying", "selective_copying"] = "selective_copying"
-    symbols: int = 16
-    data_tokens: int = 8
-    length: int = 64
+    mixers: str | list[str] = field(default_factory=lambda: ["gated_ssm", "gated_ssm"])
+    layers: int | None = None
+    hidden_size: int = 64
+    mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    intermediate_size: int = 0
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        self.build()
+        if self.layers is not None:
+            named = 1 if isinstance(self.mixers, str) else len(self.mixers)
+            check_integer("model", "layers", self.layers, named)
+        self.build(vocab_size=1)
 
-    def build(self) -> Task:
-        return TASKS[self.name](self.symbols, self.data_tokens, self.length)
+    def build(self, vocab_size: int) -> SSMConfig:
+        """The model's config for a task of ``vocab_size`` tokens."""
+        mixers = [self.mixers] if isinstance(self.mixers, str) else self.mixers
+        fields = asdict(self)
+        del fields["layers"]
+        fields["mixers"] = mixers if self.layers is None else list(islice(cycle(mixers), self.layers))
+        return SSMConfig(vocab_size=vocab_size, **fields)
 
 
 @dataclass(frozen=True)
@@ -48,7 +63,7 @@ class OptimConfig:
         lr: peak learning rate.
         min_lr: learning rate at the last step, where the cosine ends.
         warmup: linear warmup (steps).
-        weight_decay: decoupled weight decay of the matrices; biases, norms and embeddings have none.
+        weight_decay: decoupled weight decay of matrices and embeddings; biases, norms and rates of decay have none.
         betas: decay of Adam's first and second moments (per step).
         clip: largest norm of the gradient; a longer one is scaled down.
     """
@@ -106,8 +121,8 @@ class TrainConfig:
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    task: TaskConfig = field(default_factory=TaskConfig)
-    model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    task: Task = field(default_factory=SelectiveCopying)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -126,4 +141,5 @@ def to_yaml(config: TrainConfig) -> str:
 
     # Through JSON, which turns tuples into the lists that YAML knows.
     plain = json.loads(json.dumps(asdict(config)))
+    plain["task"] = {"name": config.task.name, **plain["task"]}
     return yaml.safe_dump(plain, sort_keys=False)

@@ -24,7 +24,11 @@ RUN_FILES = (
     "metrics.json",
     "log.jsonl",
     "curves.png",
+    "config.json",
+    "generation_config.json",
     "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "checkpoints",
     "tensorboard",
 )

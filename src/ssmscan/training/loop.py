@@ -4,31 +4,29 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_model
-from torch import Tensor, nn
+from torch import nn
 
-from ssmscan.models import LanguageModel
+from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
-from ssmscan.tasks import IGNORE, Task, accuracy
+from ssmscan.tasks import cross_entropy
 from ssmscan.training import checkpoint
 from ssmscan.training.config import TrainConfig
 from ssmscan.training.errors import RunError, UsageError
-from ssmscan.training.folder import claimed, naming, replace_text
+from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The end of a run, as metrics.json holds it; ``accuracy`` and ``loss`` are of the last evaluation."""
+    """The end of a run, as metrics.json holds it; ``evaluation`` is the last one, loss and accuracy among it."""
 
-    accuracy: float
-    loss: float
+    evaluation: dict[str, float]
     steps: int
     seconds: float
     target_accuracy: float | None
@@ -47,11 +45,12 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 
     Returns:
         the final metrics. The folder ``config.out`` then holds config.yaml, log.jsonl, metrics.json, curves.png,
-        model.safetensors, checkpoints and a TensorBoard log.
+        checkpoints, a TensorBoard log, and the model as :func:`ssmscan.models.load_pretrained` reads it.
 
     Raises:
-        UsageError: the folder is taken or the device missing. Nothing was written.
+        UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
         RunError: the loss or its gradient is not finite (the update is not made), or the target was not reached.
+        OSError: a file could not be written. It is named, and the run can be continued.
 
     Example:
         >>> from ssmscan.training import TrainConfig, train
@@ -59,10 +58,9 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         >>> metrics = train(config)  # doctest: +SKIP
     """
     device = _device(config)
-    task = config.task.build()
-    torch.manual_seed(config.seed)
-    model = LanguageModel(task.vocab_size, config.model).to(device)
-    optimizer = make_optimizer(model, config.optim)
+    config, model = _prepare(config)
+    model.to(device=device).train()
+    task, optimizer = config.task, make_optimizer(model, config.optim)
     with claimed(config, resume) as folder:
         step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)
         with Report(folder, config, step) as report:
@@ -76,7 +74,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 with _autocast(config, device):
-                    loss = _loss(model(tokens), targets)
+                    loss = cross_entropy(model(tokens).logits, targets)
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item()
@@ -102,64 +100,69 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                     )
                     busy, seen = 0.0, 0
                 if step % config.eval_every == 0:
-                    last = report.evaluation(
-                        step, *evaluate(model, task, config, step, device), time.perf_counter() - began
-                    )
+                    last = report.evaluation(step, evaluate(model, config, step, device), time.perf_counter() - began)
                     if config.target_accuracy is not None and last["accuracy"] >= config.target_accuracy:
                         break
                 if step % config.save_every == 0:
                     checkpoint.save(
-                        folder / "checkpoints", step, model, optimizer, time.perf_counter() - began, config.keep
+                        folder / "checkpoints", step, model, task, optimizer, time.perf_counter() - began, config.keep
                     )
 
             if last is None or last["step"] != step:
-                last = report.evaluation(
-                    step, *evaluate(model, task, config, step, device), time.perf_counter() - began
-                )
+                last = report.evaluation(step, evaluate(model, config, step, device), time.perf_counter() - began)
             metrics = Metrics(
-                accuracy=last["accuracy"],
-                loss=last["loss"],
+                evaluation={name: value for name, value in last.items() if name not in ("split", "step", "seconds")},
                 steps=step,
                 seconds=time.perf_counter() - began,
                 target_accuracy=config.target_accuracy,
-                parameters=sum(p.numel() for p in model.parameters()),
+                parameters=model.num_parameters(),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 versions={"python": platform.python_version()}
-                | {package: version(package) for package in ("ssmscan", "torch", "numpy")},
+                | {package: version(package) for package in ("ssmscan", "torch", "numpy", "transformers")},
             )
-            with naming(folder / "model.safetensors"):
-                save_model(model, str(folder / "model.safetensors"))
-            plot(folder / "curves.png", _title(config), report.lines, config.target_accuracy)
+            checkpoint.save_model(folder, model, task)
+            plot(folder / "curves.png", task.title, report.lines, config.target_accuracy)
             # The last file, for it marks the run as finished.
             replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
-            print(f"\n{_example(model, task, config, device)}\n", flush=True)
-    if config.target_accuracy is not None and metrics.accuracy < config.target_accuracy:
+            print(f"\n{_example(model, config, device)}\n", flush=True)
+    if config.target_accuracy is not None and metrics.evaluation["accuracy"] < config.target_accuracy:
         raise RunError(
-            f"train: accuracy must reach {config.target_accuracy:g}, got {metrics.accuracy:.4f} after {step} steps. "
-            "Train longer (--steps), or see log.jsonl for where it stalled."
+            f"train: accuracy must reach {config.target_accuracy:g}, got {metrics.evaluation['accuracy']:.4f} after "
+            f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
 
 
+def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
+    """The config with its data pinned, and the model as the seed draws it. Nothing is written yet."""
+    torch.manual_seed(config.seed)
+    try:
+        config = replace(config, task=config.task.pinned())
+        model = SSMForCausalLM(config.model.build(config.task.vocab_size))
+    except (TypeError, ValueError, NotImplementedError) as reason:
+        raise UsageError(str(reason)) from None
+    if config.task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
+        raise UsageError(error("train", f"mixers must be causal for the task {config.task.name}", config.model.mixers))
+    return config, model
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, config: TrainConfig, step: int, device: torch.device) -> tuple[float, float]:
-    """Mean loss and accuracy over ``config.eval_examples`` examples that no other evaluation of the run uses."""
+def evaluate(model: SSMForCausalLM, config: TrainConfig, step: int, device: torch.device) -> dict[str, float]:
+    """What the task measures, over ``config.eval_examples`` examples that no other evaluation of the run uses."""
     model.eval()
     examples = config.eval_examples
     sizes = [min(config.batch_size, examples - first) for first in range(0, examples, config.batch_size)]
-    loss, right = 0.0, 0.0
+    totals: defaultdict[str, float] = defaultdict(float)
+    answers: defaultdict[str, int] = defaultdict(int)
     for i, size in enumerate(sizes):
-        tokens, targets = task.batch(size, config.seed, step * len(sizes) + i, "eval").to(device)
+        tokens, targets = config.task.batch(size, config.seed, step * len(sizes) + i, "eval").to(device)
         with _autocast(config, device):
-            logits = model(tokens)
-        loss += size * _loss(logits, targets).item()
-        right += size * accuracy(logits, targets).item()
+            logits = model(tokens, use_cache=False).logits
+        for name, measure in config.task.measure(logits, targets).items():
+            totals[name] += measure.total
+            answers[name] += measure.answers
     model.train()
-    return loss / examples, right / examples
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return {name: totals[name] / answers[name] for name in totals}
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -175,15 +178,10 @@ def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-def _title(config: TrainConfig) -> str:
-    task = config.task
-    return f"{task.name.replace('_', ' ')}: {task.data_tokens} data tokens of {task.symbols} symbols in {task.length}"
-
-
 @torch.no_grad()
-def _example(model: nn.Module, task: Task, config: TrainConfig, device: torch.device) -> str:
+def _example(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> str:
     """A fresh example with the model's answer, as a person would read it."""
     # An index that no evaluation reaches.
-    tokens, targets = task.batch(1, config.seed, 2**63, "eval").to(device)
-    predictions = model(tokens).argmax(-1)
-    return task.render(tokens[0].cpu(), targets[0].cpu(), predictions[0].cpu())
+    tokens, targets = config.task.batch(1, config.seed, 2**63, "eval").to(device)
+    predictions = model(tokens, use_cache=False).logits.argmax(-1)
+    return config.task.render(tokens[0].cpu(), targets[0].cpu(), predictions[0].cpu())

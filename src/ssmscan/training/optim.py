@@ -5,21 +5,13 @@ import math
 import torch
 from torch import nn
 
+from ssmscan.layers import decay_groups
 from ssmscan.training.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices decay; biases, norms, embeddings and marked parameters do not.
-
-    A parameter does not decay when it has fewer than two axes, belongs to an embedding (a rare token would fade between
-    two occurrences), or has ``_no_weight_decay = True``, as decay biases have.
-    """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for p in model.parameters():
-        keeps = p.dim() < 2 or id(p) in embeddings or getattr(p, "_no_weight_decay", False)
-        (kept if keeps else decayed).append(p)
+    """AdamW with two groups, :func:`ssmscan.layers.decay_groups`: what is weight-decayed, and what is not."""
+    decayed, kept = decay_groups(model)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},

@@ -15,8 +15,8 @@ class Report:
     """The live side of a run, from ``step`` on; a context manager that closes what it opened.
 
     ``log.jsonl`` gets one JSON object a line: ``{"split": "train", "step", "loss", "lr", "grad_norm",
-    "tokens_per_second", "seconds"}`` or ``{"split": "eval", "step", "loss", "accuracy", "seconds"}``. Lines after
-    ``step``, which a killed run had written, are dropped.
+    "tokens_per_second", "seconds"}`` or ``{"split": "eval", "step", "seconds"}`` with what the task measures, ``loss``
+    and ``accuracy`` at least. Lines after ``step``, which a killed run had written, are dropped.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
@@ -69,13 +69,15 @@ class Report:
         self._write("train", step, values)
         self._bar.update(self._task, loss=f"{values['loss']:.3f}", speed=_short(values["tokens_per_second"]))
 
-    def evaluation(self, step: int, loss: float, accuracy: float, seconds: float) -> dict[str, Any]:
+    def evaluation(self, step: int, measures: dict[str, float], seconds: float) -> dict[str, Any]:
         """Log an evaluation, and return its line."""
-        line = self._write("eval", step, {"loss": loss, "accuracy": accuracy, "seconds": seconds})
-        self._bar.update(self._task, accuracy=f"{accuracy:.3f}")
+        line = self._write("eval", step, {**measures, "seconds": seconds})
+        self._bar.update(self._task, accuracy=f"{measures['accuracy']:.3f}")
+        told = [f"step {step:>6}", *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())]
         trained = self.newest("train")
-        speed = "" if trained is None else f"   {_short(trained['tokens_per_second'])} tokens/s"
-        print(f"step {step:>6}   loss {loss:.4f}   accuracy {accuracy:.4f}{speed}   {seconds:.0f} s", flush=True)
+        if trained is not None:
+            told.append(f"{_short(trained['tokens_per_second'])} tokens/s")
+        print("   ".join([*told, f"{seconds:.0f} s"]), flush=True)
         return line
 
     def newest(self, split: str) -> dict[str, Any] | None:
@@ -116,7 +118,7 @@ def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float 
     evals = [line for line in lines if line["split"] == "eval"]
     blue, orange, grey = "#3a6ea5", "#d1702c", "#8a8a8a"
     figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
     left, right = figure.subplots(1, 2)
 
     left.plot(*_columns(train, "loss"), color=blue, alpha=0.45, linewidth=1, label="training batch")

@@ -2,6 +2,8 @@
 
 import doctest
 import math
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch.nn.functional as F
 
 from ssmscan import linear_scan, rg_lru, rg_lru_step
 from ssmscan.backend import why_not
-from ssmscan.ops.rg_lru.case import ALL, CASE
-from ssmscan.testing import Setting, Standard, assert_close
+from ssmscan.ops.rg_lru.case import ALL, CASE, UNSCALED
+from ssmscan.testing import Setting, Standard, assert_close, assert_same_bits
 
 BACKENDS = [name for name in ("reference", *CASE.backends) if why_not(name, "cpu", torch.float32) is None]
 INTERPRETED = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton interprets only where there is no GPU")
@@ -21,6 +23,7 @@ SETTINGS = (
     Setting("packed", h0=True, lengths=(0, 20, 1, 0, 79)),
     Setting("packed reverse", h0=True, reverse=True, lengths=(64, 0, 17, 19)),
 )
+STARTS = tuple(replace(setting, h0=False) for setting in SETTINGS)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -34,15 +37,43 @@ def test_the_example_is_right(function):
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_it_is_a_linear_scan(setting):
-    """Of the scaled input, by the paper's formulas; a second oracle."""
-    call = CASE.call(ALL, SIZE, setting)
+def _scan(call, first):
+    """By the paper's formulas, with a gain of 1 at the tokens ``first``; a second oracle."""
     x, i, r, parameter = (call.tensors[name] for name in ALL.tensors)
     log_a = -8 * r.sigmoid() * F.softplus(parameter)
-    u = (1 - (2 * log_a).exp()).sqrt() * i.sigmoid() * x
-    y, h = linear_scan(u, log_a=log_a, h0=call.tensors["h0"], **call.keywords, backend="reference")
-    assert_close(call.run("reference"), {"y": y, "h": h}, torch.float64)
+    gain = (1 - (2 * log_a).exp()).sqrt().index_fill(1, torch.tensor(first, dtype=torch.int64), 1.0)
+    call = call.set(scale_first=None)
+    y, h = linear_scan(gain * i.sigmoid() * x, log_a=log_a, h0=call.tensors.get("h0"), **call.keywords)
+    return {"y": y, "h": h}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_it_is_a_linear_scan(setting):
+    call = CASE.call(ALL, SIZE, setting)
+    assert_close(call.run("reference"), _scan(call, []), torch.float64)
+
+
+@pytest.mark.parametrize("setting", STARTS, ids=lambda setting: setting.name)
+def test_first_tokens_unscaled(setting):
+    """Those of each sequence in scan order, of an empty one none."""
+    lengths = setting.lengths or (SIZE["l"],)
+    first = [end - 1 if setting.reverse else end - n for n, end in zip(lengths, accumulate(lengths), strict=True) if n]
+    call = CASE.call(UNSCALED, SIZE, setting)
+    assert_close(call.run("reference"), _scan(call, first), torch.float64)
+
+
+@pytest.mark.parametrize("setting", STARTS[1::2], ids=lambda setting: setting.name)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gradients_of_first_tokens_unscaled(backend, setting):
+    call = CASE.call(UNSCALED, SIZE, setting).cast(torch.float32)
+    standard = Standard.of(call)
+    standard.judge(call.differentiate(backend, standard.cotangents), CASE, torch.float32)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_continued_sequence_has_no_first_token(setting):
+    call = CASE.call(UNSCALED, SIZE, setting)
+    assert_same_bits(call.run("reference"), call.set(scale_first=None).run("reference"))
 
 
 def test_states_keep_the_size_of_the_inputs(backend):
@@ -71,8 +102,12 @@ def test_gradient_is_bounded_near_one(backend, parameter):
 
 
 @INTERPRETED
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_segments(monkeypatch, setting):
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [*((ALL, setting) for setting in SETTINGS), *((UNSCALED, setting) for setting in STARTS[::2])],
+    ids=lambda value: value.name,
+)
+def test_segments(monkeypatch, option, setting):
     """Each starts from the composed summaries of those before it, unless a packed sequence starts in between."""
     from ssmscan.ops._triton.cover import Cover
     from ssmscan.ops.rg_lru import kernel_bwd, kernel_fwd
@@ -81,7 +116,7 @@ def test_segments(monkeypatch, setting):
         monkeypatch.setattr(
             module, "cover", lambda batch, l, d, BD, _, rows=16: Cover(-(-d // BD), rows, -(-l // rows))
         )
-    call = CASE.call(ALL, SIZE, setting).cast(torch.float32)
+    call = CASE.call(option, SIZE, setting).cast(torch.float32)
     standard = Standard.of(call)
     standard.judge(call.differentiate("triton", standard.cotangents), CASE, torch.float32)
 

@@ -39,17 +39,16 @@ def launch(
 ) -> Tensor:
     """Advance the state ``h`` by l tokens and return y, in the shape of the first tensor.
 
-    The kernel takes the tensors ``read``, h, the indices and y; l, the rows of h, the integers, the strides of h; and
-    the constants.
+    The kernel takes the tensors ``read``, h, the indices and y; l, the rows of h and the integers; and the constants.
     """
     x = read[0]
     assert x is not None
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     if y.numel() > 0:
         if state_indices is not None:
             state_indices = state_indices.contiguous()
         tensors = (*read, h, state_indices, y)
-        kernel.launch((programs, 1, 1), tensors, (l, h.shape[0], *integers, *h.stride()), constants, warps)
+        kernel.launch((programs, 1, 1), tensors, (l, h.shape[0], *integers), constants, warps)
         # A derivative that needs the state as it was is refused, as after PyTorch's own updates in place.
         increment_version(h)
     return y

@@ -4,7 +4,7 @@ Triton binds and specialises every argument at every launch, about 30 µs for tw
 compiled kernel under all that its specialisation can depend on and launches it directly the next time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,11 @@ import triton
 from torch import Tensor
 
 from ssmscan.ops._triton.record import recorder
+
+
+def kinds(tensors: Sequence[Tensor | None], pointers: Sequence[int | None]) -> tuple:
+    """What Triton specialises pointers on: their dtype and alignment, and whether there is one."""
+    return tuple([p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)])  # noqa: B905
 
 
 @lru_cache(maxsize=1 << 14)
@@ -50,10 +55,8 @@ class Kernel:
             with torch.cuda.device(index):
                 self.launch(grid, tensors, integers, constants, warps, registers)
             return
-        # Triton specialises on the alignment of pointers.
         pointers = [None if t is None else t.data_ptr() for t in tensors]
-        kinds = [p if p is None else (t.dtype, p % 16) for t, p in zip(tensors, pointers)]  # noqa: B905
-        key = (index, tuple(kinds), specialised(integers), constants, warps, registers)
+        key = (index, kinds(tensors, pointers), specialised(integers), constants, warps, registers)
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.compiled[key] = self.function[grid](

@@ -53,7 +53,7 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indice
         (x, weight.contiguous(), None if bias is None else bias.contiguous()),
         h,
         state_indices,
-        (d, *token_strides(3, x)),
+        (d, *token_strides(3, x), *h.stride()),
         (weight.shape[1], silu, STEP.BD),
         STEP.warps,
     )

@@ -60,7 +60,7 @@ def step(
         (x, decay, b, c),
         h,
         state_indices,
-        (d, *token_strides(3, x, decay, b, c)),
+        (d, *token_strides(3, x, decay, b, c), *h.stride()),
         (log, BD),
         WARPS,
     )

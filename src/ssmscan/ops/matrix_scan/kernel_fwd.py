@@ -64,7 +64,6 @@ def _tile(
     for i in tl.static_range(16):
         if sequence is not None:
             h = tl.where((first >> i) & 1 != 0, entering[i].to(tl.float32), h)
-            product = tl.where((first >> i) & 1 != 0, 0.0, product)
         h = decays[i] * h + xs[i].to(tl.float32)
         product *= decays[i]
         hs = hs + (h,)
@@ -80,9 +79,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
 def matrix_scan_forward(
-    x, log_a, h0, sequence, y, hn, states, products, totals,
+    # read
+    x, log_a, h0, sequence,
+    # written
+    y, hn, states,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, R, C, length, segments, blocks, direction,
+    # strides
     x_batch, x_time, x_row, a_batch, a_time, a_row,
+    # constants
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """H = exp(log_a)·H + X over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""

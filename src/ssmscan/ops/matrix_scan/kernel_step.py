@@ -53,7 +53,7 @@ def step(x: Tensor, log_a: Tensor, h: Tensor, state_indices: Tensor | None) -> T
         (x, log_a),
         h,
         state_indices,
-        (r, c, *token_strides(4, x), *token_strides(3, log_a)),
+        (r, c, *token_strides(4, x), *token_strides(3, log_a), *h.stride()),
         (BR, BC),
         WARPS,
     )

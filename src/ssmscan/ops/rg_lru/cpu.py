@@ -149,7 +149,7 @@ def backward(
         strides,
         rate.numpy(),
         owners(sequence),
-        unscaled.numpy(),
+        np.empty(0, np.bool_) if unscaled is None else unscaled.numpy(),
         start.numpy(),
         states.numpy(),
         g.numpy(),
@@ -175,20 +175,20 @@ def _rate(a_param: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gates(
-    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor
+    input_gate: Tensor, recurrence_gate: Tensor, rate: Tensor, unscaled: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both gates open, a, and √(1 − a²) or where a token is ``unscaled`` 1."""
     gi, gr = input_gate.to(rate.dtype).sigmoid(), recurrence_gate.to(rate.dtype).sigmoid()
     log_a = -rate * gr
     gain = (2 * log_a).expm1_().neg_().sqrt_()
-    if unscaled.numel() > 0:
+    if unscaled is not None:
         gain.masked_fill_(unscaled[:, None], 1)
     return gi, gr, log_a.exp(), gain
 
 
-def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor:
-    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; empty if all are."""
+def _unscaled(sequence: Tensor | None, l: int, reverse: bool, scale_first: bool) -> Tensor | None:
+    """Which tokens, (l,) bool, come first in their sequence and are not to be scaled; None if all are."""
     if scale_first:
-        return torch.empty(0, dtype=torch.bool, device="cpu")
+        return None
     one = torch.zeros(l, dtype=torch.int32, device="cpu")
     return first_tokens(one if sequence is None else sequence, reverse)

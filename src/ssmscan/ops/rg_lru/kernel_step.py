@@ -57,7 +57,7 @@ def step(
         (x, input_gate, recurrence_gate, a_param.contiguous()),
         h,
         state_indices,
-        (d, *token_strides(3, x, input_gate, recurrence_gate)),
+        (d, *token_strides(3, x, input_gate, recurrence_gate), *h.stride()),
         (BD,),
         WARPS,
     )

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
+from ssmscan.ops._triton.decode import launch, pool_row, token_strides
 from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops.s4d.kernel_system import multiply
 
@@ -21,8 +21,8 @@ _TURN = tl.constexpr(6.283185307179586)
 
 
 @triton.jit
-def _widen(a):
-    return a[0].to(tl.float64), a[1].to(tl.float64)
+def _to(a, DTYPE: tl.constexpr):
+    return a[0].to(DTYPE), a[1].to(DTYPE)
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def _tile(pointer, channels, channel_step, states, state_step, PARTS: tl.constex
 
 @triton.jit
 def _load(pointers, mask, PARTS: tl.constexpr):
-    """Real and imaginary parts in float32. A real system is computed as a complex one without imaginary parts."""
+    """Real and imaginary parts. A real system is computed as a complex one without imaginary parts."""
     if PARTS == 2:
-        real, imaginary = tl.split(tl.load(pointers, mask=mask[:, :, None], other=0.0).to(tl.float32))
+        real, imaginary = tl.split(tl.load(pointers, mask=mask[:, :, None], other=0.0))
     else:
-        real = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        real = tl.load(pointers, mask=mask, other=0.0)
         imaginary = tl.zeros_like(real)
     return real, imaginary
 
@@ -86,13 +86,20 @@ def _hold(step, A, PARTS: tl.constexpr):
     return decay, (tl.where(small, step * series[0], quotient[0]), tl.where(small, step * series[1], quotient[1]))
 
 
-@kernel(do_not_specialize=["batch", "rows"])
-def s4d_token(
-    x, dt, A, B, C, D, h, y,
-    batch, rows, d, n, x_batch, x_channel, A_channel, A_state, B_channel, B_state, C_channel, C_state,
-    h_batch, h_channel, h_state, PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+@kernel(do_not_specialize=["L", "pool", "batch", "rows"])
+def s4d_tokens(
+    # read; h is overwritten
+    x, dt, A, B, C, D, h, state_indices,
+    # written
+    y,
+    # sizes
+    L, pool, batch, rows, d, n,
+    # strides
+    x_batch, x_time, x_channel, A_channel, A_state, B_channel, B_state, C_channel, C_state, h_row, h_channel, h_state,
+    # constants
+    PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """y for one token and BD channels of some rows of the batch; the state is advanced in place."""
+    """y for L tokens and BD channels of some rows of the batch; the states are advanced in place."""
     blocks = tl.cdiv(d, BD)
     channels = (tl.program_id(0) % blocks * BD + tl.arange(0, BD)).to(tl.int64)
     first = tl.program_id(0) // blocks * rows
@@ -101,56 +108,67 @@ def s4d_token(
     known = inside[:, None] & (states < n)[None, :]
 
     step = tl.load(dt + channels, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
-    poles = _load(_tile(A, channels, A_channel, states, A_state, PARTS), known, PARTS)
-    decay, gain = _hold(step[:, None], _widen(poles), PARTS)
-    a = decay[0].to(tl.float32), decay[1].to(tl.float32)
-    b = _load(_tile(B, channels, B_channel, states, B_state, PARTS), known, PARTS)
-    b = multiply((gain[0].to(tl.float32), gain[1].to(tl.float32)), b)
-    c = _load(_tile(C, channels, C_channel, states, C_state, PARTS), known, PARTS)
+    poles = _to(_load(_tile(A, channels, A_channel, states, A_state, PARTS), known, PARTS), tl.float32)
+    decay, gain = _hold(step[:, None], _to(poles, tl.float64), PARTS)
+    a = _to(decay, tl.float32)
+    b = _to(_load(_tile(B, channels, B_channel, states, B_state, PARTS), known, PARTS), tl.float32)
+    b = multiply(_to(gain, tl.float32), b)
+    c = _to(_load(_tile(C, channels, C_channel, states, C_state, PARTS), known, PARTS), tl.float32)
     if D is not None:
         skip = tl.load(D + channels, mask=inside, other=0.0).to(tl.float32)
 
     for row in range(first, min(first + rows, batch)):
         at = tl.cast(row, tl.int64)
-        u = tl.load(x + at * x_batch + channels * x_channel, mask=inside, other=0.0).to(tl.float32)
-        pointers = _tile(h + at * h_batch * PARTS, channels, h_channel, states, h_state, PARTS)
-        kept = multiply(a, _load(pointers, known, PARTS))
-        now = kept[0] + b[0] * u[:, None], kept[1] + b[1] * u[:, None]
-        _store(pointers, now, known, PARTS)
-        part = c[0] * now[0]
-        if PARTS == 2:
-            # Of each state a conjugate is left out.
-            part = 2 * (part - c[1] * now[1])
-        # A state that does not exist is NaN where the input is infinite.
-        out = tl.sum(tl.where(known, part, 0.0), 1)
-        if D is not None:
-            out += skip * u
-        tl.store(y + at * d + channels, out.to(y.dtype.element_ty), mask=inside)
+        number, taken = pool_row(state_indices, at, pool)
+        pointers = _tile(h + number * h_row * PARTS, channels, h_channel, states, h_state, PARTS)
+        state = _load(pointers, known & taken, PARTS)
+        for t in range(L):
+            u = tl.load(x + at * x_batch + tl.cast(t, tl.int64) * x_time + channels * x_channel, mask=inside, other=0.0)
+            u = u.to(tl.float32)
+            before = _to(state, tl.float32)
+            # Spelled out, to round the same for every token.
+            now = (
+                tl.fma(a[0], before[0], tl.fma(-a[1], before[1], b[0] * u[:, None])),
+                tl.fma(a[0], before[1], tl.fma(a[1], before[0], b[1] * u[:, None])),
+            )
+            part = c[0] * now[0]
+            if PARTS == 2:
+                # Of each state a conjugate is left out.
+                part = 2 * (part - c[1] * now[1])
+            # A state that does not exist is NaN where the input is infinite.
+            out = tl.sum(tl.where(known, part, 0.0), 1)
+            if D is not None:
+                out += skip * u
+            out = tl.where(taken, out, 0.0)
+            tl.store(y + (at * L + t) * d + channels, out.to(y.dtype.element_ty), mask=inside)
+            state = _to(now, h.dtype.element_ty)
+        _store(pointers, state, known & taken, PARTS)
 
 
-def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor) -> Tensor:
+def step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor, state_indices: Tensor | None
+) -> Tensor:
     if h.is_conj():
         # What lies in memory is the state of the conjugated system, which has the same outputs.
         A, B, C, h = A.conj(), B.conj(), C.conj(), h.conj()
-    batch, d = x.shape
+    batch, d = x.shape[0], x.shape[-1]
     n = A.shape[1]
-    y = x.new_empty(batch, d)
-    if y.numel() > 0:
-        PARTS = 1 + A.is_complex()
-        N = padded(n)
-        BD = max(STATES // N, 1)
-        blocks = -(-d // BD)
-        rows = max(batch * blocks // PROGRAMS, 1)
-        s4d_token.launch(
-            (blocks * -(-batch // rows), 1, 1),
-            (x, dt.contiguous(), *map(_in_parts, (A, B, C)), None if D is None else D.contiguous(), _in_parts(h), y),
-            (batch, rows, d, n, *x.stride(), *A.stride(), *B.stride(), *C.stride(), *h.stride()),
-            (PARTS, N, BD),
-            WARPS,
-        )
-        # A derivative that needs the state as it was is refused, as after PyTorch's own updates in place.
-        increment_version(h)
-    return y
+    PARTS = 1 + A.is_complex()
+    N = padded(n)
+    BD = max(STATES // N, 1)
+    blocks = -(-d // BD)
+    rows = max(batch * blocks // PROGRAMS, 1)
+    return launch(
+        s4d_tokens,
+        blocks * -(-batch // rows),
+        x.shape[1] if x.dim() == 3 else 1,
+        (x, dt.contiguous(), *map(_in_parts, (A, B, C)), None if D is None else D.contiguous()),
+        _in_parts(h),
+        state_indices,
+        (batch, rows, d, n, *token_strides(3, x), *A.stride(), *B.stride(), *C.stride(), *h.stride()),
+        (PARTS, N, BD),
+        WARPS,
+    )
 
 
 def _in_parts(t: Tensor) -> Tensor:

@@ -1,21 +1,23 @@
 """The scan in plain PyTorch, by matrix products within chunks; differentiable any number of times, on any device.
 
 Each chunk of 64 tokens is a product with a triangle of decays, and adds to the state that enters it. The chunks' states
-follow the same recurrence, one decay for each chunk and head, which is solved 16 chunks at a time. Every sum of
-log-decays starts where its product does, so none is a difference of long sums: any decay is safe, zero too.
+follow the same recurrence, one decay for each chunk and head. Every sum of log-decays starts where its product does, so
+none is a difference of long sums, and a decay too large for a number is multiplied in parts, of which none is infinite:
+any decay is safe, zero too.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops.chunks import Chunks, cut
+from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
+from ssmscan.ops.recurrence import carry, scaled_exp
 from ssmscan.shapes import state_dtype
 
 CHUNK = 64
-# Chunks whose states are carried at once.
-LEVEL = 16
 
 
 def ssd(
@@ -45,7 +47,7 @@ def ssd(
     delta = (F.softplus(delta) if softplus else delta).clamp(low, high)
 
     if sequence is None:
-        chunks: Chunks | None = None
+        chunks: Cuts | None = None
         index: Tensor | None = None
     else:
         chunks = cut(sequence, h.shape[0], CHUNK, reverse)
@@ -62,21 +64,22 @@ def ssd(
     X = split(x.to(dtype) * delta[..., None]).movedim(2, 3).unflatten(2, (groups, -1))
     Bs, Cs = (split(v.to(dtype)).movedim(2, 3)[:, :, :, None] for v in (B, C))
     log_a = split(delta * A).movedim(2, 3).unflatten(2, (groups, -1))
-    decay, entered, left = _decays(log_a)
-    y = (decay * (Cs @ Bs.mT)) @ X
-    states = ((X * left[..., None]).mT @ Bs).flatten(2, 3)
-    entering, final = _carry(log_a.sum(-1).exp().flatten(2, 3), states, chunks, h)
-    y = y + (Cs * entered[..., None]) @ entering.unflatten(2, (groups, -1)).mT
+    pairs, entered, left = _logarithms(log_a)
+    states = (_grown(X, left[..., None]).mT @ Bs).flatten(2, 3)
+    first, owner = (None, None) if chunks is None else (chunks.first, chunks.sequence)
+    entering, after = carry(*scaled_exp(log_a.sum(-1).flatten(2, 3)[..., None, None]), states, h, first, owner)
+    y = _weighted(pairs, log_a.detach().clamp(min=0), Cs @ Bs.mT, X)
+    y = y + _grown(Cs @ entering.unflatten(2, (groups, -1)).mT, entered[..., None])
     y = y.flatten(2, 3).movedim(3, 2).flatten(1, 2)
     if sequence is None or chunks is None or index is None:
-        y = y[:, :l]
+        y, final = y[:, :l], after[:, -1]
     else:
         # Where each position of the sequence lies in the chunks.
         y = y[:, torch.zeros(l + 1, dtype=index.dtype, device=x.device).scatter(0, index, _arange(index))[:l]]
         _, empty = last_tokens(sequence, h.shape[0], reverse)
         last = torch.zeros(h.shape[0] + 1, dtype=index.dtype, device=x.device)
         last = last.scatter(0, torch.where(chunks.last, chunks.sequence, h.shape[0]), _arange(chunks.last))
-        final = torch.where(empty[:, None, None, None], h, final[0, last[:-1]])
+        final = torch.where(empty[:, None, None, None], h, after[0, last[:-1]])
     y = y.flip(1) if reverse else y
     if D is not None:
         y = y + D.to(dtype).view(heads, -1) * x.to(dtype)
@@ -87,63 +90,43 @@ def _arange(v: Tensor) -> Tensor:
     return torch.arange(v.shape[0], device=v.device)
 
 
-def _positions(chunks: Chunks, l: int) -> Tensor:
+def _positions(chunks: Cuts, l: int) -> Tensor:
     """The position of each row of each chunk, l where there is none."""
     row = torch.arange(CHUNK, device=chunks.begin.device)
     return torch.where(row < chunks.length[:, None], chunks.begin[:, None] + row, l).flatten()
 
 
-def _decays(log_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the q tokens of each chunk: the decay from j to i (q, q), from the chunk's begin to i, from j to its end."""
+def _logarithms(log_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the decays among a chunk's q tokens: from j to i (q, q), from the chunk's begin to i, from j to its end."""
     i = torch.arange(CHUNK, device=log_a.device)
     later, upto = i[:, None] > i, i[:, None] >= i
     # Sums over k of log_a_k, j < k <= i.
     terms = torch.where(later, log_a[..., None], 0)
-    pairs = terms.cumsum(-2).masked_fill(~upto, -torch.inf)
-    return pairs.exp(), log_a.cumsum(-1).exp(), terms.sum(-2).exp()
+    return terms.cumsum(-2).masked_fill(~upto, -torch.inf), log_a.cumsum(-1), terms.sum(-2)
 
 
-def _carry(decay: Tensor, states: Tensor, chunks: Chunks | None, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk, and the final state; of packed sequences, the one after each chunk.
+def _grown(v: Tensor, log: Tensor) -> Tensor:
+    """v·exp(log), where exp(log) alone may overflow: of v = 0 it is 0."""
+    half = (log / 2).clamp(max=_log_largest(v)).exp()
+    return v * half * half
 
-    The chunk's own ``states`` are (b, c, h, p, n), its ``decay`` (b, c, h).
+
+def _weighted(pairs: Tensor, growth: Tensor, scores: Tensor, X: Tensor) -> Tensor:
+    """Σ_j exp(pairs_ij)·scores_ij·X_j; the decays beyond the root of the largest number are multiplied in three parts.
+
+    A part of them goes with the tokens and a part with the outputs, those that may have such decays; ``growth`` is the
+    part above zero of each token's log-decay.
     """
-    if chunks is None:
-        after = _scan(decay, states, None, h)
-        return torch.cat([h[:, None], after[:, :-1]], 1), after[:, -1]
-    given = h[chunks.sequence][None]
-    first = chunks.first[:, None, None, None]
-    states = states + torch.where(first, decay[..., None, None] * given, 0)
-    after = _scan(decay, states, chunks.first, torch.zeros_like(states[:, 0]))
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
-    return torch.where(first, given, before), after
+    limit = _log_largest(X) / 2
+    far = pairs > limit
+    near = torch.where(far, -torch.inf, pairs).exp()
+    beyond = torch.where(far, pairs.clamp(max=3 * limit) - 2 * limit, -torch.inf).exp()
+    upto = growth.cumsum(-1)
+    before, after = ((v > limit).to(X.dtype) * limit for v in (upto[..., -1:] - upto, upto))
+    y = ((beyond * scores) @ (before.exp()[..., None] * X)) * after.exp()[..., None]
+    return y + (near * scores) @ X
 
 
-def _scan(decay: Tensor, states: Tensor, start: Tensor | None, h: Tensor) -> Tensor:
-    """All h of h = decay·h + states, where a chunk with ``start`` forgets what came before it."""
-    c = states.shape[1]
-    levels = (c + LEVEL - 1) // LEVEL
-    pad = levels * LEVEL - c
-    states = F.pad(states, (0, 0) * 3 + (0, pad)).unflatten(1, (levels, LEVEL))
-    decay = F.pad(decay, (0, 0, 0, pad)).unflatten(1, (levels, LEVEL))[..., None, None]
-    if start is not None:
-        start = F.pad(start, (0, pad)).view(levels, LEVEL, 1, 1, 1)
-        decay = torch.where(start, 0, decay)
-    product, total = torch.ones_like(decay[:, :, 0]), torch.zeros_like(states[:, :, 0])
-    products, totals = [], []
-    for i in range(min(LEVEL, c)):
-        product = decay[:, :, i] * product
-        # Not by a decay of 0 alone: 0·NaN would carry a NaN into the next packed sequence.
-        total = decay[:, :, i] * (total if start is None else torch.where(start[:, i], 0, total)) + states[:, :, i]
-        products.append(product)
-        totals.append(total)
-    if levels == 1:
-        entering = h[:, None, None]
-    else:
-        forgets = None if start is None else start.any(1).view(levels)
-        # Padding makes the last level's totals wrong; nothing enters from it.
-        after = _scan(product.flatten(2), total, forgets, h)
-        entering = torch.cat([h[:, None], after[:, :-1]], 1)[:, :, None]
-    if start is not None:
-        entering = torch.where(start.cumsum(1)[:, : len(totals)] > 0, 0, entering)
-    return (torch.stack(totals, 2) + torch.stack(products, 2) * entering).flatten(1, 2)[:, :c]
+def _log_largest(v: Tensor) -> int:
+    """A whole number below the logarithm of the largest number."""
+    return math.floor(math.log(torch.finfo(v.dtype).max))
