@@ -15,8 +15,8 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = (torch.int32, torch.int64)
-# What tensors are without asking further.
-_USUAL = (Tensor, torch.nn.Parameter)
+# Tensors of these types are what they seem; another may hide a compiler, many devices or no values.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _STRIDED, _WIDEST = torch.strided, torch.float64
 
 
@@ -51,7 +51,7 @@ def check_tensors(function: str, required: Mapping[str, Tensor | None], **option
                     check_dense(function, name, tensor)
                 continue
             if (
-                type(tensor) not in _USUAL
+                type(tensor) not in PLAIN_TYPES
                 or tensor.dtype not in FLOATING
                 or tensor.layout is not _STRIDED
                 or tensor.is_nested
