@@ -15,9 +15,9 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX = (torch.int32, torch.int64)
-# What tensors are without asking further.
-_USUAL = (Tensor, torch.nn.Parameter)
-_STRIDED = torch.strided
+# Tensors of these types are what they seem; another may hide a compiler, many devices or no values.
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_STRIDED, _WIDEST = torch.strided, torch.float64
 
 
 def error(function: str, rule: str, got: object, advice: str = "") -> str:
@@ -36,8 +36,8 @@ def check_integer(function: str, name: str, value: object, least: int) -> None:
 def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of states and sums: float64 when any input is float64, else float32."""
     for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
+        if tensor is not None and tensor.dtype is _WIDEST:
+            return _WIDEST
     return torch.float32
 
 
@@ -51,7 +51,7 @@ def check_tensors(function: str, required: Mapping[str, Tensor | None], **option
                     check_dense(function, name, tensor)
                 continue
             if (
-                type(tensor) not in _USUAL
+                type(tensor) not in PLAIN_TYPES
                 or tensor.dtype not in FLOATING
                 or tensor.layout is not _STRIDED
                 or tensor.is_nested

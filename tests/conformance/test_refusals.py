@@ -111,10 +111,17 @@ def mesh():
 def test_flags(case, option, size):
     """No value that only counts as true or false: "no" would be true."""
     call = _good(case, option, size)
-    flags = [name for name, p in inspect.signature(case.op).parameters.items() if isinstance(p.default, bool)]
-    for name in flags:
-        for value in ("no", 1, None, torch.tensor(True)):
-            _refuses(case.op, call, TypeError, f"{name} must be True or False", **{name: value})
+    token = call.each(lambda tensor: tensor[:, 0])
+    for function, good in ((case.op, call), (case.step, token)):
+        parameters = {} if function is None else inspect.signature(function).parameters
+        for name in (name for name, parameter in parameters.items() if isinstance(parameter.default, bool)):
+            for value in ("no", 1, None, torch.tensor(True)):
+                arguments = {n: v for n, v in {**good.tensors, **good.keywords, name: value}.items() if n in parameters}
+                if "h" in parameters:
+                    arguments["h"] = good.tensors["h0"]
+                rule = f"{function.__name__}: {name} must be True or False, got {value!r}."
+                with pytest.raises(TypeError, match=f"^{re.escape(rule)}$"):
+                    function(**arguments)
 
 
 @pytest.mark.grid(backends=("reference",))

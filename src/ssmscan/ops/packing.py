@@ -44,6 +44,8 @@ def enter(
         h0 these are zeros, expanded from one number for each sequence, as there can be many.
     """
     implementation = choose(function, backend, x.device.type, _REAL.get(dtype, dtype))
+    if cu_seqlens is None and h0 is None:
+        return implementation, None, None
     count = check_sequences(function, x, cu_seqlens, h0, axes, state, sources)
     if cu_seqlens is None:
         return implementation, None, h0

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ssmscan.backend import INTERPRET
-from ssmscan.shapes import error
+from ssmscan.shapes import PLAIN_TYPES, error
 
 LIBRARY = torch.library.Library("ssmscan", "FRAGMENT")
 MODULES = {
@@ -38,7 +38,6 @@ MODULES = {
     ("cpu", "backward"): "cpu",
 }
 TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", int: "SymInt"}
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Operator:

@@ -135,6 +135,7 @@ def selective_scan_step(
     """
     leading = leading_axes("selective_scan_step", x, "d")
     B, C = _check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
+    check_flags("selective_scan_step", dt_softplus=dt_softplus)
     check_state("selective_scan_step", h, "d, n", x.shape[0], A.shape, state_indices)
     if fused("selective_scan_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
         return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus))

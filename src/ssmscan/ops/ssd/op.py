@@ -145,6 +145,7 @@ def ssd_step(
     """
     leading = leading_axes("ssd_step", x, "h, p")
     check("ssd_step", leading, x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
+    check_flags("ssd_step", dt_softplus=dt_softplus)
     check_state("ssd_step", h, "h, p, n", x.shape[0], (*x.shape[-2:], B.shape[-1]), state_indices)
     low, high = map(float, dt_limit)
     if fused("ssd_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
