@@ -124,7 +124,7 @@ def backward(
     with torch.autocast(x.device.type, enabled=False):
         X, dY = time_last(x), time_last(dy)
         first = (l - 1) % CHUNK + 1
-        slices = groups(C.shape[1])
+        slices = groups(x, C)
         dX = torch.empty_like(X, dtype=x.dtype if len(slices) == 1 else torch.float32)
         for i, g in enumerate(slices):
             s = system(z, B, C, None if i else D, g)
