@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu bench
+.PHONY: demo test slow lint gpu bench
 
 demo: $(VENV)/installed
 	$(BIN)/ssmscan train --config recipes/demo.yaml
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto -m "not gpu and not slow"
+
+# What takes too long for `make test`.
+slow: $(VENV)/installed
+	$(BIN)/pytest -n auto -m "slow and not gpu"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

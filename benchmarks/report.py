@@ -1,15 +1,31 @@
-"""Write the results into README.md and docs/benchmarks.md, and draw docs/images/<op>-<gpu>.png."""
+"""Write what is under benchmarks/results into README.md and docs/benchmarks.md, and draw docs/images."""
 
+import json
 from pathlib import Path
 
-from ssmscan.bench.report import insert, plot, tables
+from ssmscan.bench import pages, plot
+from ssmscan.bench.compare import headlines, machine_of, pairs, read_others
 from ssmscan.bench.result import read_all
 
-if __name__ == "__main__":
-    root = Path(__file__).parents[1]
-    results = read_all(root / "benchmarks" / "results")
-    for name, headlines in (("README.md", True), ("docs/benchmarks.md", False)):
-        page = root / name
-        page.write_text(insert(page.read_text(encoding="utf-8"), tables(results, headlines)), encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    recorded, images = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+    results, others = read_all(recorded), read_others(recorded)
+    models = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in recorded.glob("*/models.json")}
+    for name, content in (
+        ("README.md", pages.short(results, others)),
+        ("docs/benchmarks.md", pages.full(results, others, models)),
+    ):
+        page = ROOT / name
+        page.write_text(pages.insert(page.read_text(encoding="utf-8"), content), encoding="utf-8")
     for result in results:
-        plot(result, root / "docs" / "images" / f"{result.op}-{result.gpu}.png")
+        plot.over_length(result, images / f"{result.op}-{result.gpu}.png")
+    gpu = machine_of(results, others)
+    found = headlines(pairs([result for result in results if result.gpu == gpu], others.get(gpu, ())))
+    plot.over_floor(found, gpu, images / f"headlines-{gpu}.png")
+
+
+if __name__ == "__main__":
+    main()

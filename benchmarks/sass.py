@@ -11,7 +11,6 @@ cuobjdump; what it compiles is what that version makes of them.
 import argparse
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 # Kernels are to be compiled.
@@ -26,28 +25,14 @@ KINDS = ("BAR", "SHFL", "STS", "LDS", "LDSM", "LDG", "LDGSTS", "STG", "LDL", "ST
 TOKENS = 512
 
 
-def longest_loop(sass: str) -> list[str]:
-    """The instructions from the target of a jump back to the jump, the most that there are."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", sass, re.MULTILINE)
-    at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
-    best: list[str] = []
-    for end, (address, instruction) in enumerate(lines):
-        target = re.match(r"BRA.*?0x([0-9a-f]+)", instruction)
-        begin = at.get(int(target[1], 16), end) if target and int(target[1], 16) < int(address, 16) else end
-        if end - begin > len(best):
-            best = [text for _, text in lines[begin : end + 1]]
-    return best
-
-
 def report(kernel: Compiled, limit: int) -> str:
     """What bounds a kernel; a program may have as many bytes of shared memory as ``limit``."""
     registers, stack = kernel.usage
-    loop = longest_loop(kernel.sass)
-    kinds = Counter(instruction.split()[0].split(".")[0] for instruction in loop)
-    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
+    loop = kernel.longest_loop
+    counts = ", ".join(f"{loop[kind]} {kind}" for kind in KINDS if loop[kind])
     return (
         f"{kernel.launched.name}: {kernel.launched.warps} warps, {registers} registers, {stack} bytes of stack, "
-        f"{kernel.shared} of {limit} bytes of shared memory\n  loop of {len(loop)}: {counts}"
+        f"{kernel.shared} of {limit} bytes of shared memory\n  loop of {loop.total()}: {counts}"
     )
 
 

@@ -18,7 +18,7 @@ backends, and with ``spare`` all rows are.
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from filelock import FileLock
 from ssmscan import backend as available
 from ssmscan.ops.cases import CASES
 from ssmscan.testing import PLAIN, OpCase, Option, Setting, Size
+from suite_table import Counts, count
 
 AXES = ("case", "option", "backend", "device", "dtype", "setting", "size", "reverse", "packed", "extreme")
 Row = dict[str, Any]
@@ -60,6 +61,27 @@ def memory(device: str) -> Iterator[None]:
         torch.cuda.empty_cache()
         yield
         torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was collected, before options such as -m take some of it away."""
+
+    counts: Counts
+    files: frozenset[Path]
+
+
+COLLECTED = pytest.StashKey[Collected]()
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> Collected:
+    return pytestconfig.stash[COLLECTED]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = Collected(count(items), frozenset(item.path for item in items))
 
 
 def pytest_configure(config: pytest.Config) -> None:

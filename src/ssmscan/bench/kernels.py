@@ -6,6 +6,7 @@ builds: from compute capability 10.0 on the newer one compiles.
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -89,6 +90,18 @@ class Compiled:
     @cached_property
     def sass(self) -> str:
         return self._dump("-sass")
+
+    @cached_property
+    def longest_loop(self) -> Counter[str]:
+        """How many instructions of each kind stand from the target of a jump back to the jump, where most do."""
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", self.sass, re.MULTILINE)
+        at = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+        best = range(0)
+        for end, (address, instruction) in enumerate(lines):
+            target = re.match(r"BRA.*?0x([0-9a-f]+)", instruction)
+            begin = at.get(int(target[1], 16), end) if target and int(target[1], 16) < int(address, 16) else end
+            best = max(best, range(begin, end + 1), key=len)
+        return Counter(lines[i][1].split()[0].split(".")[0] for i in best)
 
     def _dump(self, option: str) -> str:
         with TemporaryDirectory() as folder:

@@ -179,6 +179,7 @@ def zeros(pointer, channels):
     What is computed from a load has its layout. To rows that come from tl.zeros alone Triton 3.6 gives layouts in which
     each join of two of them (:func:`store_rows`) goes through shuffles or shared memory, 16 times a tile.
     """
+    # layout: that of a load.
     return tl.load(pointer + channels, mask=channels < 0, other=0.0).to(tl.float32)
 
 
@@ -216,7 +217,7 @@ def enter_bands(h, product, band_product, band_total, first, BD: tl.constexpr):
 
     ``first`` has 16 bits for each band: where a packed sequence starts, nothing that enters leaves, not even NaN.
     """
-    # Joined, they pass between the warps at once.
+    # layout: joined, they pass between the warps at once.
     pairs = tl.permute(tl.reshape(tl.join(band_product, band_total), [2, BD, 2]), (1, 2, 0))
     early, late = tl.split(pairs)
     early_product, early_total = tl.split(early)
@@ -239,7 +240,7 @@ def enter_segment(
     """Compose the summaries of the segments walked before ``segment``; product and total name this batch row's first.
 
     A segment in which a packed sequence starts (walked backward: ends) forgets what enters it, whatever its product:
-    0·NaN is not 0.
+    0·NaN is not 0. Nor is 0·inf: the product of decays above 1 overflows where a state of zero still is one.
     """
     row = tl.arange(0, 16)
     for j in range(0, segment, 16):
@@ -249,7 +250,7 @@ def enter_segment(
         totals = load_rows(total, offset, exists, channels, D, 0.0, BD, False, False)
         for i in tl.static_range(16):
             if sequence is None:
-                h = tl.fma(products[i], h, totals[i])
+                h = tl.where(h == 0.0, totals[i], tl.fma(products[i], h, totals[i]))
             else:
                 inside = j + i < segment
                 if BACKWARD:
@@ -260,6 +261,6 @@ def enter_segment(
                     leaves = enters + length
                 before = tl.load(sequence + direction * enters, mask=inside & (enters >= 0) & (enters < L), other=-1)
                 after = tl.load(sequence + direction * leaves, mask=inside, other=-1)
-                kept = tl.where(before == after, products[i] * h, 0.0)
+                kept = tl.where((before == after) & (h != 0.0), products[i] * h, 0.0)
                 h = tl.where(inside, kept + totals[i], h)
     return h

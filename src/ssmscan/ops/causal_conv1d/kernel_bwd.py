@@ -70,9 +70,15 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "items", "direction"])
 def causal_conv1d_backward(
-    x, dy, weight, bias, h0, sequence, bounds, dh, dx, partial, dh0,
+    # read
+    x, dy, weight, bias, h0, sequence, bounds, dh,
+    # written
+    dx, partial, dh0,
+    # sizes
     L, D, length, segments, items, direction,
+    # strides
     x_batch, x_step, dy_batch, dy_step, dx_step,
+    # constants
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx over some of the items (segments of all batch rows), dh0 of the sequences that start in them, and their parts

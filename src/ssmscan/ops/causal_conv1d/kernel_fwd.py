@@ -51,8 +51,13 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def causal_conv1d_forward(
-    x, weight, bias, h0, sequence, bounds, y, hn,
+    # read
+    x, weight, bias, h0, sequence, bounds,
+    # written
+    y, hn,
+    # sizes and strides
     L, D, length, segments, direction, x_batch, x_step, y_step,
+    # constants
     W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y over one segment of the sequence, and the state of each sequence that ends there."""

@@ -126,9 +126,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def linear_scan_backward(
-    x, a, b, c, dy, h0, sequence, dh, states, dx, da, db, dc, dh0, products, totals,
+    # read
+    x, a, b, c, dy, h0, sequence, dh, states,
+    # written
+    dx, da, db, dc, dh0,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, D, length, segments, direction,
+    # strides
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time, dy_batch, dy_time,
+    # constants
     SUMMARY: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""

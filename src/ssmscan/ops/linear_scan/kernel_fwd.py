@@ -78,9 +78,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "direction"])
 def linear_scan_forward(
-    x, a, b, c, h0, sequence, y, hn, states, products, totals,
+    # read
+    x, a, b, c, h0, sequence,
+    # written
+    y, hn, states,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, D, length, segments, direction,
+    # strides
     x_batch, x_time, a_batch, a_time, b_batch, b_time, c_batch, c_time,
+    # constants
     SUMMARY: tl.constexpr, LOG: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """h = a·h + b·x, y = c·h over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""

@@ -100,9 +100,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
 def matrix_scan_backward(
-    x, log_a, dy, h0, sequence, dh, states, dx, da, dh0, products, totals,
+    # read
+    x, log_a, dy, h0, sequence, dh, states,
+    # written
+    dx, da, dh0,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, R, C, length, segments, blocks, direction,
+    # strides
     x_batch, x_time, x_row, a_batch, a_time, a_row, dy_batch, dy_time, dy_row,
+    # constants
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""

@@ -79,9 +79,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "length", "segments", "blocks", "direction"])
 def matrix_scan_forward(
-    x, log_a, h0, sequence, y, hn, states, products, totals,
+    # read
+    x, log_a, h0, sequence,
+    # written
+    y, hn, states,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, R, C, length, segments, blocks, direction,
+    # strides
     x_batch, x_time, x_row, a_batch, a_time, a_row,
+    # constants
     SUMMARY: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """H = exp(log_a)·H + X over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""

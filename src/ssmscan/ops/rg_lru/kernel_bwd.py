@@ -144,10 +144,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "blocks", "length", "segments", "direction"])
 def rg_lru_backward(
+    # read
     x, input_gate, recurrence_gate, a_param, dy, h0, sequence, dh, states,
-    dx, di, dr, slopes, dh0, products, totals,
+    # written
+    dx, di, dr, slopes, dh0,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, D, blocks, length, segments, direction,
+    # strides
     x_batch, x_time, i_batch, i_time, r_batch, r_time, dy_batch, dy_time,
+    # constants
     SUMMARY: tl.constexpr, SCALE_FIRST: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All gradients over one segment of the sequence, or the SUMMARY of g over it; segments count against the scan."""

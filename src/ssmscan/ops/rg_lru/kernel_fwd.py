@@ -108,9 +108,17 @@ def _tile(
 
 @kernel(do_not_specialize=["L", "blocks", "length", "segments", "direction"])
 def rg_lru_forward(
-    x, input_gate, recurrence_gate, a_param, h0, sequence, y, hn, states, products, totals,
+    # read
+    x, input_gate, recurrence_gate, a_param, h0, sequence,
+    # written
+    y, hn, states,
+    # written by a SUMMARY, else read
+    products, totals,
+    # sizes
     L, D, blocks, length, segments, direction,
+    # strides
     x_batch, x_time, i_batch, i_time, r_batch, r_time,
+    # constants
     SUMMARY: tl.constexpr, SCALE_FIRST: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The recurrence over one segment of the sequence, or its SUMMARY: a's product and the state from 0."""

@@ -88,9 +88,16 @@ def _hold(step, A, PARTS: tl.constexpr):
 
 @kernel(do_not_specialize=["L", "pool", "batch", "rows"])
 def s4d_tokens(
-    x, dt, A, B, C, D, h, state_indices, y,
-    L, pool, batch, rows, d, n, x_batch, x_time, x_channel, A_channel, A_state, B_channel, B_state, C_channel, C_state,
-    h_row, h_channel, h_state, PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+    # read; h is overwritten
+    x, dt, A, B, C, D, h, state_indices,
+    # written
+    y,
+    # sizes
+    L, pool, batch, rows, d, n,
+    # strides
+    x_batch, x_time, x_channel, A_channel, A_state, B_channel, B_state, C_channel, C_state, h_row, h_channel, h_state,
+    # constants
+    PARTS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """y for L tokens and BD channels of some rows of the batch; the states are advanced in place."""
     blocks = tl.cdiv(d, BD)

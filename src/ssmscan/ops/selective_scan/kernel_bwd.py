@@ -136,7 +136,7 @@ def _tile(
         every = tl.reshape(every, [C // CL, CL * S, WIDE])
         if KEPT == 1:
             every = tl.sum(every, 0)[None, :, :]
-        # Rows of warps come second, so that each stores what it has.
+        # layout: rows of warps come second, so that each stores what it has.
         column = (tl.arange(0, CL * S) * WIDE)[:, None] + tl.arange(0, WIDE)[None, :]
         pointers = sums + (column[:, None, :] + (tl.arange(0, KEPT) * (EVERY * 2 * N))[None, :, None])
         tl.store(pointers, tl.permute(every, (1, 0, 2)))
@@ -158,10 +158,15 @@ def _add_sums(sums, partial, first, low, high, N: tl.constexpr, KEPT: tl.constex
 
 @kernel(do_not_specialize=["L", "n", "one", "length", "segments"])
 def selective_scan_backward(
+    # read; the scratch is written too
     x, dt, A, BC, D, z, dt_bias, dy, h0, owners, starts, ends, saved, scratch, dh, elapsed, totals,
+    # written
     dx, ddt, dz, parts, partial, dh0,
+    # sizes, and a 1 that the compiler must not know
     L, d, n, per_group, blocks, length, segments, one,
+    # strides
     x_batch, x_time, dt_batch, dt_time, z_batch, z_time, dy_batch, dy_time,
+    # constants
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, CL: tl.constexpr, KEPT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +228,8 @@ def selective_scan_backward(
         # Compose the summaries of the segments walked before.
         for j in range(segment):
             row = (batch * segments + j) * d
-            kept = tl.exp2(a * load_channels(elapsed + row, channels, inside)[:, :, :, None]) * g
+            decay = tl.exp2(a * load_channels(elapsed + row, channels, inside)[:, :, :, None])
+            kept = tl.where(g == 0.0, 0.0, decay * g)
             if PACKED:
                 kept = tl.where(passes(starts, ends, j, segments, length, True), kept, 0.0)
             g = kept + load_lanes(totals + row * n, channels, inside, vary(one, j), d, n, N)
@@ -259,6 +265,7 @@ def selective_scan_backward(
             xs = next_x
             dts = next_dt
             bs = next_b
+            # layout: rows of B before the next tile of x, since loads return in the order in which they were asked for.
             next_b = load_state_rows(BC, min(t + 4, last), low, high, PACKED, N, C)
             next_x = load_steps(x, x_step, t + 4, low, high, channels, one, inside)
             next_dt = load_steps(dt, dt_step, t + 4, low, high, channels, one, inside)
@@ -276,6 +283,7 @@ def selective_scan_backward(
         for back in range(0, last - first + 4, 4):
             t = last - back
             bs = next_b
+            # layout: rows of B and C before the next tiles, as above.
             cs = load_state_rows(BC + N, t, low, high, PACKED, N, C)
             next_b = load_state_rows(BC, max(t - 4, first), low, high, PACKED, N, C)
             xs = next_x

@@ -51,7 +51,7 @@ def _tile(
         zs = load_rows(z + position * z_step, row * z_step, exists, channels, inside)
     deltas = step_sizes(dts, bias, t, low, high, SOFTPLUS, PACKED)
     ys = ()
-    # A step's exponentials stand before the one that waits for the last step's: the compiler keeps this order.
+    # layout: a step's exponentials stand before the one that waits for the last step's; the compiler keeps the order.
     soon = tl.exp2(a * deltas[7 if ADJOINT else 0][None, :])
     for i in tl.static_range(7 if ADJOINT else 0, -1 if ADJOINT else 8, -1 if ADJOINT else 1):
         decay = soon
@@ -120,9 +120,18 @@ def passes(starts, ends, j, segments, length, ADJOINT: tl.constexpr):
 
 @kernel(do_not_specialize=["L", "n", "one", "length", "segments", "A_channel", "A_state"])
 def selective_scan_walk(
-    x, dt, A, B, C, D, z, dt_bias, h0, owners, starts, ends, y, hn, saved, elapsed, totals,
-    L, d, n, per_group, blocks, length, segments, one, A_channel, A_state,
+    # read
+    x, dt, A, B, C, D, z, dt_bias, h0, owners, starts, ends,
+    # written
+    y, hn, saved,
+    # written by a SUMMARY, else read
+    elapsed, totals,
+    # sizes, and a 1 that the compiler must not know
+    L, d, n, per_group, blocks, length, segments, one,
+    # strides
+    A_channel, A_state,
     x_batch, x_time, dt_batch, dt_time, B_batch, B_time, B_group, C_batch, C_time, C_group, z_batch, z_time,
+    # constants
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ADJOINT: tl.constexpr, SUMMARY: tl.constexpr,
     N: tl.constexpr, BD: tl.constexpr, EVERY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +180,9 @@ def selective_scan_walk(
             # Compose the summaries of the segments walked before.
             for j in range(segment):
                 row = (batch * segments + j) * d
-                kept = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[None, :]) * h
+                decay = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[None, :])
+                # A state of zero stays zero, though the decay of a system that grows overflows.
+                kept = tl.where(h == 0.0, 0.0, decay * h)
                 if starts is not None:
                     kept = tl.where(passes(starts, ends, j, segments, length, False), kept, 0.0)
                 h = kept + load_states(totals + row * n, channels, inside, one, states, d, n)

@@ -14,9 +14,16 @@ WARPS = 4
 
 @kernel(do_not_specialize=["L", "rows"])
 def selective_scan_tokens(
-    x, dt, A, B, C, D, z, dt_bias, h, state_indices, y,
-    L, rows, d, n, per_group, x_batch, x_time, x_channel, dt_batch, dt_time, dt_channel, z_batch, z_time, z_channel,
+    # read; h is overwritten
+    x, dt, A, B, C, D, z, dt_bias, h, state_indices,
+    # written
+    y,
+    # sizes
+    L, rows, d, n, per_group,
+    # strides
+    x_batch, x_time, x_channel, dt_batch, dt_time, dt_channel, z_batch, z_time, z_channel,
     B_batch, B_time, B_group, B_state, C_batch, C_time, C_group, C_state, A_channel, A_state, h_row, h_channel, h_state,
+    # constants
     SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """y for L tokens and BD channels of one group of one batch row; the state is advanced in place."""

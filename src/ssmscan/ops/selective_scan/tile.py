@@ -12,8 +12,8 @@ from ssmscan.ops._triton.activation import softplus
 from ssmscan.ops._triton.walk import glue, halves
 
 LN2 = tl.constexpr(0.6931471805599453)
-# Of axes that are equally contiguous Triton lays neighbours in the first one over neighbouring lanes before 3.7, and in
-# the last one from then on.
+# layout: of axes that are equally contiguous Triton lays neighbours in the first one over neighbouring lanes before
+# 3.7, and in the last one from then on.
 FIRST_OVER_LANES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 

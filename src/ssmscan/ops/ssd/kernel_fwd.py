@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.ops._triton.walk import channels_last
-from ssmscan.ops.chunks import cut
+from ssmscan.ops.cuts import cut
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.configs import Tiles, tiles_for
 from ssmscan.ops.ssd.kernel_walk import walk
@@ -46,7 +46,10 @@ def float32(parameter: Tensor | None) -> Tensor | None:
 
 
 def table(sequence: Tensor | None, states: Tensor, tiles: Tiles, reverse: bool) -> Tensor | None:
-    """The chunks of packed sequences, (5, chunks), as the kernels read them."""
+    """The chunks of packed sequences, (5, chunks), as the kernels read them: the fields of Cuts, one after the other.
+
+    Of a chunk ``table + i * chunks + chunk`` is begin (i = 0), length (1), sequence (2), first (3) or last (4).
+    """
     if sequence is None:
         return None
     return torch.stack([v.int() for v in cut(sequence, states.shape[0], tiles.Q, reverse)])

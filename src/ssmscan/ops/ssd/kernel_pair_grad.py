@@ -23,12 +23,21 @@ from ssmscan.ops.ssd.tiles import decays, followed, heads_of, load_tile, logarit
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_pair_gradients(
-    x, dy, B, C, D, added, table, deltas, sums, dx, dB, dC, dD, tokens, skipped,
-    L, H, P, chunks, part, steps_scan, sums_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch,
-    C_group, totals_split, D_head, D_p,
+    # read
+    x, dy, B, C, D, added, table, deltas, sums,
+    # written; to dB and dC it is added
+    dx, dB, dC, dD, tokens, skipped,
+    # sizes
+    L, H, P, chunks,
+    # strides: between both sums, between scans, and of tensors; those along the time are constants
+    part, steps_scan, sums_scan,
+    x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch, C_group, totals_split, D_head, D_p,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
-    dx_time: tl.constexpr, SCANS: tl.constexpr,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    dx_time: tl.constexpr,
+    # what is taken
+    SCANS: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
+    FAR: tl.constexpr,
+    # tiles
     PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, ELEMENTWISE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +81,7 @@ def ssd_pair_gradients(
             other_delta = tl.load(deltas + (steps_scan + other * Q) + r)[:, None]
             delta = tl.where(onward, delta, 0.0) + tl.where(ahead, 0.0, other_delta)
         scores = BC * pairs * delta
-        # One number for a head costs nothing in the product of each token with itself.
+        # layout: one number for a head costs nothing in the product of each token with itself.
         if D is not None and not ELEMENTWISE:
             scores += tl.where(diagonal, tl.load(D + head * D_head).to(tl.float32), 0.0)
         scores = scores.to(DOT)
@@ -114,7 +123,7 @@ def ssd_pair_gradients(
         products = tl.trans(products * delta)
         crossing = tl.dot(onward.to(tl.float32), products, input_precision=PRECISION)
         crossing = tl.sum(tl.where(onward, 0.0, crossing), 1)
-        # In one store: each takes two barriers.
+        # layout: in one store, as each takes two barriers.
         two = tl.arange(0, 2)[None, :]
         tl.store(tokens + row * Q * 2 + (q[:, None] * 2 + two), tl.join(own, crossing))
         if SCANS == 2:
@@ -122,12 +131,12 @@ def ssd_pair_gradients(
             crossing = tl.sum(tl.where(ahead, crossing, 0.0), 1)
             tl.store(tokens + (steps_scan + other * Q) * 2 + (r[:, None] * 2 + two), tl.join(other_own, crossing))
         if skipped is not None:
-            # A part for each of four warps.
+            # layout: a part for each of four warps, which then need no sum across them.
             tl.store(skipped + row * 4 + tl.arange(0, 4), tl.sum(tl.reshape(past, [4, Q // 4]), 1))
     totals = split * totals_split + (batch * L * (H // PER_GROUP) + group) * N + first * out_time
     dBC = dBC.to(DOT)
     dBs = load_tile(dB + totals, rows * out_time, n, exists, N, EVEN_N, tl.float32)
-    # Loaded again, so as not to take memory of the heads' tiles.
+    # layout: loaded again, so as not to take shared memory of the heads' tiles.
     Cs = load_tile(C, rows * C_time, n, exists, N, EVEN_N, DOT)
     store_tile(dB + totals, rows * out_time, n, tl.dot(dBC, Cs, dBs, input_precision=PRECISION), exists, N, EVEN_N)
     dCs = load_tile(dC + totals, rows * out_time, n, exists, N, EVEN_N, tl.float32)

@@ -23,18 +23,28 @@ from ssmscan.ops.ssd.tiles import below, decays, followed, heads_of, load_tile, 
 
 @triton.jit
 def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The sums over the first and the second half of the columns, [ROWS, 2]: each half lies in warps of its own."""
+    """The sums over the first and the second half of the columns, [ROWS, 2]."""
+    # layout: each half lies in warps of its own, so no sum goes across warps.
     return tl.sum(tl.reshape(tile, [ROWS, 2, COLUMNS // 2]), 2)
 
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_state_gradients(
-    x, dy, B, C, added, table, weights, sums, states, adjoints, dx, dB, dC, into, onward, through,
-    L, H, P, chunks, part, steps_scan, sums_scan, states_scan, x_batch, x_head, dy_batch, dy_head, B_batch, B_group,
-    C_batch, C_group, totals_split,
+    # read
+    x, dy, B, C, added, table, weights, sums, states, adjoints,
+    # written
+    dx, dB, dC, into, onward, through,
+    # sizes
+    L, H, P, chunks,
+    # strides: between both sums, between scans, and of tensors; those along the time are constants
+    part, steps_scan, sums_scan, states_scan,
+    x_batch, x_head, dy_batch, dy_head, B_batch, B_group, C_batch, C_group, totals_split,
     x_time: tl.constexpr, dy_time: tl.constexpr, B_time: tl.constexpr, C_time: tl.constexpr, out_time: tl.constexpr,
-    dx_time: tl.constexpr, SCANS: tl.constexpr,
-    PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    dx_time: tl.constexpr,
+    # what is taken
+    SCANS: tl.constexpr, PER_GROUP: tl.constexpr, HEADS: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr,
+    FAR: tl.constexpr,
+    # tiles
     PRECISE: tl.constexpr, DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     BLOCKS: tl.constexpr, EVEN_P: tl.constexpr, EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -89,11 +99,12 @@ def ssd_state_gradients(
             gs = load_tile(adjoints + kept, p * N, n, inside, N, EVEN_N, DOT)
             arrived = tl.dot(Cs, tl.trans(hs), input_precision=PRECISION)
             if PRECISE and BN > 128:
-                # Again, since both do not fit into shared memory for as long as the program runs.
+                # layout: again, since both do not fit into shared memory for as long as the program runs.
                 Bs = load_tile(B, rows * B_time, n, exists, N, EVEN_N, DOT)
             dxs = tl.dot(Bs, tl.trans(gs), input_precision=PRECISION)
-            # The sum of h·g, as a trace: elementwise it takes more registers than there are.
+            # layout: the sum of h·g as a trace, for elementwise it takes more registers than there are.
             pairing = tl.dot(hs, tl.trans(gs), input_precision=PRECISION)
+            # layout: loaded after the products without it; all loads first take a quarter longer.
             xs = load_tile(x + wide * x_head, rows * x_time, p, exists, P, EVEN_P, DOT)
             dCs = tl.dot((dys.to(tl.float32) * entered[:, None]).to(DOT), hs, dCs, input_precision=PRECISION)
             dBs = tl.dot((xs.to(tl.float32) * weight[:, None]).to(DOT), gs, dBs, input_precision=PRECISION)

@@ -15,10 +15,17 @@ WARPS = 4
 
 @kernel(do_not_specialize=["L", "rows"])
 def ssd_tokens(
-    x, dt, A, B, C, D, z, dt_bias, h, state_indices, y,
-    L, rows, heads, p, n, per_group, x_batch, x_time, x_head, x_channel, z_batch, z_time, z_head, z_channel,
+    # read; h is overwritten
+    x, dt, A, B, C, D, z, dt_bias, h, state_indices,
+    # written
+    y,
+    # sizes
+    L, rows, heads, p, n, per_group,
+    # strides
+    x_batch, x_time, x_head, x_channel, z_batch, z_time, z_head, z_channel,
     B_batch, B_time, B_group, B_state, C_batch, C_time, C_group, C_state, dt_batch, dt_time, dt_head,
     D_head, D_channel, h_row, h_head, h_channel, h_state,
+    # constants
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """y for L tokens and BP channels of one head of one batch row; the state is advanced in place."""

@@ -36,12 +36,22 @@ def _load_state(
 
 @kernel(do_not_specialize=["L", "chunks", "length", "segments"])
 def ssd_walk(
-    u, v, c, D, z, added, initial, table, deltas, weights, sums, y, final, states, logs, totals,
+    # read
+    u, v, c, D, z, added, initial, table, deltas, weights, sums,
+    # written
+    y, final, states,
+    # written by a SUMMARY, else read
+    logs, totals,
+    # sizes, and how far the second sums lie behind the first
     L, H, P, chunks, length, segments, part,
+    # strides; those along the time are constants
     u_batch, u_head, v_batch, v_group, c_batch, c_group, z_batch, z_head, D_head, D_p, initial_batch, initial_head,
     u_time: tl.constexpr, v_time: tl.constexpr, c_time: tl.constexpr, z_time: tl.constexpr, y_time: tl.constexpr,
+    # what is walked
     PER_GROUP: tl.constexpr, PER_CHANNEL: tl.constexpr, UNIFORM: tl.constexpr, ADJOINT: tl.constexpr,
-    SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, PRECISE: tl.constexpr,
+    SUMMARY: tl.constexpr, SHIFT: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr,
+    # tiles
+    PRECISE: tl.constexpr,
     DOT: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, EVEN_P: tl.constexpr,
     EVEN_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +82,7 @@ def ssd_walk(
     if added is not None:
         added += (batch * L * H + head) * P
     if D is not None:
-        # One number for a head costs nothing in the matrix product of each token with itself.
+        # layout: one number for a head costs nothing in the matrix product of each token with itself.
         skip = tl.load(D + head * D_head).to(tl.float32)
         if PER_CHANNEL:
             skip = tl.load(D + head * D_head + p * D_p, mask=p < P, other=0.0).to(tl.float32)
@@ -106,6 +116,7 @@ def ssd_walk(
         if table is None:
             ahead = max(chunk - STAGES, begin) if ADJOINT else min(chunk + STAGES, end - 1)
             token = tl.minimum(tl.cast(ahead, tl.int64) * Q + q, L - 1)
+            # layout: shared memory has no room for a third stage, so the L2 cache is asked for tokens further ahead.
             fetch(u, token * u_time, tl.program_id(0) % blocks * BP, P, BP)
         first, count = place(table, chunk, chunks, L, Q)
         exists = below(q, count, WHOLE)

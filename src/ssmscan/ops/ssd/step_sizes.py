@@ -62,7 +62,13 @@ def _sums(pointers, values, q, mask, Q: tl.constexpr):
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_steps(
-    dt, A, bias, table, deltas, weights, sums, L, H, chunks, part, dt_batch, dt_time, dt_head,
+    # read
+    dt, A, bias, table,
+    # written
+    deltas, weights, sums,
+    # sizes and strides
+    L, H, chunks, part, dt_batch, dt_time, dt_head,
+    # constants
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     BH: tl.constexpr,
 ):  # fmt: skip
@@ -91,8 +97,13 @@ def ssd_steps(
 
 @kernel(do_not_specialize=["L", "chunks"])
 def ssd_step_gradients(
-    dt, A, bias, table, deltas, sums, tokens, into, onward, through, skipped, ddt, parts,
+    # read
+    dt, A, bias, table, deltas, sums, tokens, into, onward, through, skipped,
+    # written
+    ddt, parts,
+    # sizes and strides
     L, H, chunks, part, dt_batch, dt_time, dt_head, ddt_time,
+    # constants
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, PRECISE: tl.constexpr, Q: tl.constexpr,
     PASSING: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Chunks(NamedTuple):
+class Cuts(NamedTuple):
     """One number for each chunk, in scan order; positions, too, count in scan order."""
 
     begin: Tensor  # its first position
@@ -20,7 +20,7 @@ class Chunks(NamedTuple):
     last: Tensor  # or its last
 
 
-def cut(sequence: Tensor, s: int, size: int, reverse: bool) -> Chunks:
+def cut(sequence: Tensor, s: int, size: int, reverse: bool) -> Cuts:
     """Cut the s sequences, of which ``sequence`` gives the number of each token, into chunks of ``size``."""
     l = sequence.shape[0]
     numbers = torch.arange(s, device=sequence.device, dtype=sequence.dtype)
@@ -37,4 +37,4 @@ def cut(sequence: Tensor, s: int, size: int, reverse: bool) -> Chunks:
     start = torch.where(left_over, l, begin[place] + (chunk - before) * size)
     stop = torch.where(left_over, l, torch.minimum(start + size, end[place]))
     owner = s - 1 - place if reverse else place
-    return Chunks(start, stop - start, owner, (chunk == before) & ~left_over, (stop == end[place]) & ~left_over)
+    return Cuts(start, stop - start, owner, (chunk == before) & ~left_over, (stop == end[place]) & ~left_over)
