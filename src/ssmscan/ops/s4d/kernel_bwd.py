@@ -128,7 +128,7 @@ def backward(
         d, rows = X.shape[0], X[0].numel() // CHUNK
         # No walk comes to the chunks that are left over.
         new = X.new_empty if layout is None else X.new_zeros
-        slices = groups(C.shape[1])
+        slices = groups(x, C)
         dX = torch.empty_like(X, dtype=x.dtype if len(slices) == 1 else torch.float32)
         for i, g in enumerate(slices):
             s = system(z, B, C, None if i else D, g)

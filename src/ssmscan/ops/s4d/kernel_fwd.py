@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops.s4d.autograd import Inputs, Options
-from ssmscan.ops.s4d.configs import STATES, WALK
+from ssmscan.ops.s4d.configs import walk_for
 from ssmscan.ops.s4d.kernel_system import System, block, system
 from ssmscan.ops.s4d.layout import Layout, packed, remainder
 from ssmscan.ops.s4d.system import CHUNK
@@ -177,9 +177,10 @@ def joined(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.complex(*t.chunk(2, -1)) if dtype.is_complex else t
 
 
-def groups(n: int) -> list[slice]:
+def groups(x: Tensor, C: Tensor) -> list[slice]:
     """The states of each walk."""
-    return [slice(i, min(i + STATES, n)) for i in range(0, max(n, 1), STATES)]
+    n, most = C.shape[1], walk_for(x, C.dtype).states
+    return [slice(i, min(i + most, n)) for i in range(0, max(n, 1), most)]
 
 
 def time_last(x: Tensor, layout: Layout | None, reverse: bool) -> Tensor:
@@ -228,7 +229,7 @@ def walk(
         b = layout.chunks.shape[0]
     PARTS = 1 + dtype.is_complex
     n = s.P.shape[1] // PARTS
-    config = WALK[x.dtype]
+    config = walk_for(x, dtype).config
     rows = -(-b // config.rows)
     V, W = (s.W, s.V) if adjoint else (s.V, s.W)
     s4d_walk.launch(
@@ -280,7 +281,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     # Autocast would round the matrix products to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
         X = time_last(x, layout, reverse)
-        slices = groups(C.shape[1])
+        slices = groups(x, C)
         Y = torch.empty_like(X, dtype=x.dtype if len(slices) == 1 else torch.float32)
         finals = []
         for i, g in enumerate(slices):
