@@ -64,7 +64,8 @@ def make(name: str, checkpointing: bool) -> tuple[nn.Module, Callable[[int, int]
         return model, loss_of
     from ssmscan.models import SSMForCausalLM, preset
 
-    lm = SSMForCausalLM(preset(name)).cuda().train()
+    lm = SSMForCausalLM(preset(name)).train()
+    nn.Module.cuda(lm)
     if checkpointing:
         lm.gradient_checkpointing_enable()
 

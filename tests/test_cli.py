@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,20 +20,22 @@ from transformers import PreTrainedModel
 
 import ssmscan_main
 from ssmscan import cli
+from ssmscan.models import load_pretrained
 from ssmscan.training import checkpoint, loop, report
 from ssmscan.training.options import train_config, train_parser
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY = """
+SYMBOLS = "{symbols: 3, data_tokens: 2, length: 5}"
+TINY = f"""
 steps: 4
 batch_size: 2
 eval_every: 2
 eval_examples: 4
 save_every: 2
 device: cpu
-task: {symbols: 3, data_tokens: 2, length: 5}
-model: {mixers: gated_ssm, layers: 1, hidden_size: 4, mixer_options: {gated_ssm: {expand: 1}}}
-optim: {warmup: 1}
+task: {SYMBOLS}
+model: {{mixers: gated_ssm, layers: 1, hidden_size: 4, mixer_options: {{gated_ssm: {{expand: 1}}}}}}
+optim: {{warmup: 1}}
 """
 
 
@@ -230,6 +233,12 @@ def test_a_failed_run(here, capsys):
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
         ("train --optim.rate 1", "unrecognized arguments: --optim.rate"),
         ("train --steps 1.5", "steps must be int, got 1.5"),
+        ("train --target_accuracy high", "target_accuracy must be float or null, got high."),
+        ("train --model.layers 1.5", "model.layers must be int or null, got 1.5."),
+        ("train --model.mixers mambo", "SSMConfig: mixers must be of gated_ssm,"),
+        ("train --model.mixers mamba2 --model.hidden_size 8", "Mamba2: "),
+        ("train --task.name text", "task.data"),
+        ("train --task.name text --task.data absent.txt", "text: data must be a file, got absent.txt: No such file"),
         ("train --task.name sorting", "train: task.name must be one of copying, selective_copying, text, got sorting."),
         ("train --task.length 4", "selective_copying: data_tokens must be 1 to length = 4, got 8"),
         ("train --config absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
@@ -262,7 +271,7 @@ def test_wrong_usage(here, capsys, arguments, part):
     Path("list.yaml").write_text("[3]")
     Path("latin1.yaml").write_bytes("# für\nsteps: 3".encode("latin-1"))
     before = sorted(here.rglob("*"))
-    assert cli.main(arguments.split()) == 2
+    assert cli.main(shlex.split(arguments)) == 2
     err = capsys.readouterr().err
     assert part in err
     assert err.count("\n") == 1
@@ -285,6 +294,79 @@ def test_help_tells_defaults_and_units(capsys):
     assert "--optim.lr LR peak learning rate. (type: float, default: 0.002)" in out
 
 
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A run on a text, hardly trained."""
+    here = tmp_path_factory.mktemp("text")
+    (here / "verse.txt").write_text("to be or nöt to be\n" * 30, encoding="utf-8")
+    (here / "tiny.yaml").write_text(TINY.replace(SYMBOLS, f"{{name: text, data: {here}/verse.txt, length: 5}}"))
+    assert cli.main(["train", "--config", f"{here}/tiny.yaml", "--out", f"{here}/run"]) == 0
+    return here / "run"
+
+
+def _generated(capsys, *arguments):
+    assert cli.main(["generate", *map(str, arguments)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_generates(text_run, capsys):
+    """The prompt and as many characters as asked for, the same ones for the same seed."""
+    first, again, other = (
+        _generated(capsys, "--model", text_run, "--prompt", "to bö", "--max-new-tokens", 40, "--seed", seed)
+        for seed in (0, 0, 1)
+    )
+    assert first.startswith("to bö")
+    assert first.endswith("\n")
+    assert len(first) == 5 + 40 + 1
+    assert set(first) <= set("to be or nöt\n")
+    assert first == again
+    assert first != other
+
+
+def test_generates_the_likeliest(text_run, capsys):
+    greedy, only, unlikely = (
+        _generated(capsys, "--model", text_run, "--prompt", "or", "--max-new-tokens", 12, *options)
+        for options in (["--temperature", 0], ["--top-k", 1], ["--top-p", 1e-6])
+    )
+    model = load_pretrained(text_run)
+    characters = sorted(set("to be or nöt\n"))
+    tokens = torch.tensor([[characters.index(character) for character in "or"]])
+    with torch.no_grad():
+        for _ in range(12):
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    assert greedy == "".join(characters[token] for token in tokens[0]) + "\n"
+    assert only == unlikely == greedy
+
+
+def test_generates_from_a_checkpoint(text_run, capsys):
+    folder = text_run / "checkpoints" / "step_00000004"
+    assert _generated(capsys, "--model", folder) == _generated(capsys, "--model", text_run)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("--prompt x", "generate: prompt must consist of what the model was trained on, got 'x'."),
+        ("--prompt=", "generate: prompt must have at least one token, got ''."),
+        ("--max-new-tokens 0", "generate: --max-new-tokens must be at least 1, got 0."),
+        ("--temperature -1", "generate: --temperature must be at least 0 and finite, got -1.0."),
+        ("--top-k 0", "generate: --top-k must be at least 1, got 0."),
+        ("--top-p 1.5", "generate: --top-p must be in (0, 1], got 1.5."),
+        ("--top-p much", "ssmscan: top_p must be float or null, got much."),
+        ("--seed -1", "generate: --seed must be at least 0, got -1."),
+        ("--model absent", "load_pretrained: path_or_name must be a folder"),
+        ("--model .", "generate: model must have a tokenizer, got ., whose tokens are no text."),
+    ],
+)
+def test_generate_refuses(text_run, here, capsys, options, part):
+    assert cli.main(["generate", "--model", str(text_run), *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert part in err
+    assert err.count("\n") == 1
+
+
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
@@ -296,7 +378,7 @@ def test_without_the_extra(capsys, monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("rich", "matplotlib") else name)
     assert cli.main(["info"]) == 1
     assert capsys.readouterr().err == (
-        "ssmscan: rich, matplotlib must be installed, got none. Run pip install 'ssmscan[train]'.\n"
+        "ssmscan: matplotlib, rich must be installed, got none. Run pip install 'ssmscan[train]'.\n"
     )
 
 

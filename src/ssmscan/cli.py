@@ -7,6 +7,7 @@ gone; an error is one line on stderr.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import platform
 import re
@@ -31,11 +32,13 @@ from ssmscan.shapes import check_integer, error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+    from transformers import PreTrainedTokenizerBase
 
+    from ssmscan.models import SSMForCausalLM
     from ssmscan.training import TrainConfig
 
 # What the extra `train` installs and this command cannot do without.
-NEEDED = ("jsonargparse", "rich", "matplotlib", "tensorboard", "filelock")
+NEEDED = ("filelock", "jsonargparse", "matplotlib", "rich", "tensorboard", "transformers")
 
 # What a shell reports of a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, UNREAD = 130, 141
@@ -103,14 +106,12 @@ def _run(arguments: list[str]) -> int:
 
     try:
         command, values = _parse(arguments)
-        if command == "info":
-            return _info()
-        if command == "generate":
-            return _generate(values)
-        config, resume = train_config(arguments[1:], values)
+        run = train_config(arguments[1:], values) if command == "train" else None
     except (ArgumentError, TypeError, ValueError) as reason:
         return _fail(_one_line(str(reason)), 2)
-    return _train(config, resume)
+    if run is not None:
+        return _train(*run)
+    return _generate(values) if command == "generate" else _info()
 
 
 def _train(config: TrainConfig, resume: bool) -> int:
@@ -174,9 +175,12 @@ def _one_line(message: str) -> str:
     """An error of the parser or of PyTorch, in the library's form and on one line."""
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
-    message = re.sub(
-        r'Parser key "([^"]*)": Expected (?:a )?(.*?)\. Got value: (.*)', r"\1 must be \2, got \3.", message
-    )
+    key, value = r'Parser key "([^"]*)": ', r"Given value: (.*)"
+    message = re.sub(rf"{key}Expected (?:a )?(.*?)\. Got value: (.*)", r"\1 must be \2, got \3.", message)
+    several = re.search(rf"{key}Does not validate .*Subtypes: \[(.*?)\] Errors: .* {value}", message)
+    if several is not None:
+        name, types, got = several.groups()
+        message = f"{name} must be {' or '.join(types.split(', ')).replace('NoneType', 'null')}, got {got}."
     return message if re.match(r"\w+: ", message) else f"ssmscan: {message}"
 
 
@@ -202,42 +206,61 @@ def _generate_parser() -> ArgumentParser:
 
 def _generate(values: Namespace) -> int:
     """Print the prompt, and its continuation as it comes."""
-    from transformers import AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    from ssmscan.models import load_pretrained
-
-    check_integer("generate", "max-new-tokens", values.max_new_tokens, 1)
-    check_integer("generate", "seed", values.seed, 0)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if values.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": values.temperature,
-            "top_k": values.top_k or 0,
-            "top_p": values.top_p or 1.0,
-        }
-    if Path(values.model).is_dir() and not (Path(values.model) / "tokenizer_config.json").is_file():
-        raise ValueError(error("generate", "model must have a tokenizer", f"{values.model}, whose tokens are no text"))
-    model = load_pretrained(values.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(values.model)
     try:
-        prompt = tokenizer.encode(values.prompt)
-    except Exception as reason:  # The class that tokenizers raises where a vocabulary has no word for the unknown.
-        rule = "prompt must consist of what the model was trained on"
-        raise ValueError(error("generate", rule, repr(values.prompt), f"{reason}.")) from None
-    if not prompt:
-        raise ValueError(error("generate", "prompt must have at least one token", repr(values.prompt)))
+        sampling = _sampling(values)
+        model, tokenizer = _load(values.model)
+        tokens = torch.tensor([_encode(tokenizer, values.prompt)], device=model.device)
+    except (ValueError, NotImplementedError, OSError) as reason:
+        return _fail(_one_line(str(reason)), 2)
     torch.manual_seed(values.seed)
-    tokens = torch.tensor([prompt], device=model.device)
     model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        max_new_tokens=values.max_new_tokens,
         use_cache=True,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
     return 0
+
+
+def _sampling(values: Namespace) -> dict[str, Any]:
+    """The arguments of generate that say how tokens are chosen, and how many."""
+    check_integer("generate", "--max-new-tokens", values.max_new_tokens, 1)
+    check_integer("generate", "--seed", values.seed, 0)
+    check_integer("generate", "--top-k", 1 if values.top_k is None else values.top_k, 1)
+    if not 0 <= values.temperature < math.inf:
+        raise ValueError(error("generate", "--temperature must be at least 0 and finite", values.temperature))
+    if values.top_p is not None and not 0 < values.top_p <= 1:
+        raise ValueError(error("generate", "--top-p must be in (0, 1]", values.top_p))
+    chosen = {"max_new_tokens": values.max_new_tokens, "do_sample": values.temperature > 0}
+    if values.temperature > 0:
+        chosen |= {"temperature": values.temperature, "top_k": values.top_k or 0, "top_p": values.top_p or 1.0}
+    return chosen
+
+
+def _load(source: str) -> tuple[SSMForCausalLM, PreTrainedTokenizerBase]:
+    """A model of a folder or of the hub, with its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from ssmscan.models import load_pretrained
+
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        raise ValueError(error("generate", "model must have a tokenizer", f"{source}, whose tokens are no text"))
+    model = load_pretrained(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoTokenizer.from_pretrained(source)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    try:
+        tokens = tokenizer.encode(prompt)
+    except Exception as reason:  # The class that tokenizers raises where a vocabulary has no word for the unknown.
+        rule = "prompt must consist of what the model was trained on"
+        raise ValueError(error("generate", rule, repr(prompt), f"{reason}.")) from None
+    if not tokens:
+        raise ValueError(error("generate", "prompt must have at least one token", repr(prompt)))
+    return tokens
 
 
 def _info() -> int:

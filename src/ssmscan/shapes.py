@@ -44,10 +44,10 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
 def check_tensors(function: str, required: Mapping[str, Tensor | None], **optional: Tensor | None) -> None:
     """Each of ``required``, and of ``optional`` what is not None, is a dense floating tensor, all on one device."""
     first = device = None
-    for tensors in (required, optional):
+    for tensors, needed in ((required, True), (optional, False)):
         for name, tensor in tensors.items():
             if tensor is None:
-                if tensors is required:
+                if needed:
                     check_dense(function, name, tensor)
                 continue
             if (

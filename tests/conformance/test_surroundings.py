@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ssmscan.testing import PLAIN, Setting, assert_same_bits, differentiate, draw_cotangents
 
@@ -69,3 +70,16 @@ def test_jit_trace(case, option, backend, size):
 
     longer = case.call(option, {**size, "l": size["l"] + 7}, setting, seed=5).cast(torch.float32)
     assert_same_bits(differentiate(run, longer), longer.differentiate("cpu"))
+
+
+@pytest.mark.grid(first=True, backends=("cpu",), settings=(PLAIN, PACKED))
+def test_make_fx(case, option, backend, setting, size):
+    """The operator stands in the graph; the bounds of packed sequences are an input like any other."""
+    call = case.call(option, size, setting).cast(torch.float32)
+    tensors = dict(call.tensors) | {n: v for n, v in call.keywords.items() if isinstance(v, torch.Tensor)}
+    keywords = {name: value for name, value in call.keywords.items() if name not in tensors}
+    graph = make_fx(lambda tensors: case.op(**tensors, **keywords, backend="cpu"))(tensors)
+    assert f"torch.ops.ssmscan.{case.name}.default" in graph.code
+    results = graph(tensors)
+    values = {"y": results} if isinstance(results, torch.Tensor) else dict(zip(("y", "h"), results, strict=True))
+    assert_same_bits(values, call.run("cpu"))

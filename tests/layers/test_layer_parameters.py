@@ -190,3 +190,19 @@ def test_names_of_the_checkpoints():
         "norm.weight": (e,),
         "out_proj.weight": (M, e),
     }
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_narrow_parameters_all_the_same(name):
+    """A library that gathers parameters in bfloat16, as FSDP does, narrows all of them, whatever a layer wants."""
+    layer = build(name, torch.float32)
+    x = torch.randn(B, L, M)
+    exact = layer(x)
+    for p in layer.parameters():
+        p.data = p.data.bfloat16()
+    y = layer(x.bfloat16())
+    assert (y.float() - exact).norm() < 2e-2 * exact.norm()
+    if getattr(layer, "causal", True):
+        state = layer.init_state(B, max_length=1)
+        with torch.no_grad():
+            layer(x[:, :1].bfloat16(), state)

@@ -46,10 +46,16 @@ def test_copies(layer, x, how):
     assert torch.equal(how(layer)(x), layer(x))
 
 
+def compiled_anew(layer, backend):
+    """With a limit of compilations of its own: those of a class' forward count together."""
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+
+
 @pytest.mark.parametrize("name", quick(LAYERS, "gated_ssm", "s4d", "mamba2", "attention"))
 def test_compile(name):
     layer = build(name, torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    compiled = compiled_anew(layer, "eager")
     for l in (5, 40):
         x = torch.randn(B, l, M)
         torch.testing.assert_close(compiled(x), layer(x), **BOUNDS)
@@ -58,7 +64,7 @@ def test_compile(name):
 @pytest.mark.parametrize("name", quick(CAUSAL, "mamba", "attention"))
 def test_compile_with_a_state(name):
     layer = build(name, torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    compiled = compiled_anew(layer, "eager")
     x, state = torch.randn(B, 12, M), layer.init_state(B, max_length=12)
     with torch.no_grad():
         y = torch.cat([compiled(chunk, state) for chunk in x.split([4, 6, 1, 1], 1)], 1)
@@ -69,7 +75,7 @@ def test_compile_with_a_state(name):
 @ALL
 def test_compile_for_training(name):
     layer = build(name, torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = compiled_anew(layer, "aot_eager")
     for l in (5, 40):
         x = torch.randn(B, l, M)
         expected, got = (torch.autograd.grad(run(x).square().sum(), [*layer.parameters()]) for run in (layer, compiled))

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from ssmscan.models import PRESETS, SSMConfig, SSMForCausalLM, preset
+from ssmscan.models.checkpoints import state_spaces_layout
+from ssmscan.models.mixers import mixer_arguments
 
 # Parameters in millions, with tied embeddings.
 PUBLISHED = {
@@ -87,3 +89,48 @@ def test_fields():
 def test_refusals(arguments, part):
     with pytest.raises(ValueError, match=f"^preset: {part}"):
         preset(**arguments)
+
+
+COMMON = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+FILES = {
+    "mamba-130m": {"d_model": 768, "n_layer": 24, "vocab_size": 50277, "ssm_cfg": {}, "pad_vocab_size_multiple": 8},
+    "mamba2-130m": {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    },
+    "mamba2attn-2.7b": {
+        "d_model": 2560,
+        "d_intermediate": 0,
+        "n_layer": 64,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [9, 18, 27, 36, 45, 56],
+        "attn_cfg": {
+            "causal": True,
+            "d_conv": 4,
+            "head_dim": 128,
+            "num_heads": 30,
+            "out_proj_bias": False,
+            "qkv_proj_bias": False,
+            "rotary_emb_dim": 64,
+        },
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_presets_are_what_published_files_say(name):
+    file, config = SSMConfig(**state_spaces_layout.read_config(FILES[name] | COMMON)), preset(name)
+    for mixer in set(config.mixers):
+        assert mixer_arguments(mixer, file) == mixer_arguments(mixer, config)
+    file.mixer_options = config.mixer_options
+    assert file == config

@@ -30,7 +30,7 @@ TERM = constants.TERM
 
 @compiled
 def add(x):
-    return x + TERM
+    return x {sign} TERM
 """
 
 
@@ -43,13 +43,13 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "kernels_of_a_test"
     folder.mkdir()
 
-    def load(factor, term, more=""):
+    def load(factor=2, term=10, sign="+", more=""):
         for name in [name for name in sys.modules if name.startswith(folder.name)]:
             del sys.modules[name]
-        compiled.stamp.cache_clear()
+        compiled._hash.cache_clear()
         (folder / "__init__.py").touch()
         (folder / "constants.py").write_text(f"TERM = {term}")
-        (folder / "parts.py").write_text(PARTS.format(package=folder.name, factor=factor))
+        (folder / "parts.py").write_text(PARTS.format(package=folder.name, factor=factor, sign=sign))
         (folder / "kernel.py").write_text(KERNEL.format(package=folder.name) + more)
         importlib.invalidate_caches()
         return importlib.import_module(f"{folder.name}.kernel").kernel
@@ -66,15 +66,19 @@ def _hits(kernel, x, value):
 
 
 def test_kept(package):
-    assert not _hits(package(2, 10), 1, 22)
-    assert _hits(package(2, 10), 1, 22)
+    assert not _hits(package(), 1, 22)
+    assert _hits(package(), 1, 22)
 
 
-@pytest.mark.parametrize("change", [(3, 10), (2, 11), (2, 10, "# A comment.")], ids=str)
-def test_a_change_of_what_a_kernel_imports(package, change):
-    """Of a constant or a function, directly or not; each would otherwise be that of the first call."""
-    _hits(package(2, 10), 1, 22)
-    assert not _hits(package(*change), 1, change[0] * (1 + change[1]))
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [({"factor": 3}, 33), ({"term": 11}, 24), ({"sign": "-"}, -18), ({"more": "# A comment."}, 22)],
+    ids=str,
+)
+def test_a_change_of_what_a_kernel_is_made_of(package, change, value):
+    """Of a constant or a function, its own or another file's; each would otherwise be that of the first call."""
+    _hits(package(), 1, 22)
+    assert not _hits(package(**change), 1, value)
 
 
 def test_disk_that_is_full(package, monkeypatch):
@@ -82,9 +86,9 @@ def test_disk_that_is_full(package, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(compiled.IndexDataCacheFile, "save", fail)
-    assert not _hits(package(2, 10), 1, 22)
+    assert not _hits(package(), 1, 22)
     monkeypatch.setattr(compiled.IndexDataCacheFile, "load", fail)
-    assert not _hits(package(2, 10), 1, 22)
+    assert not _hits(package(), 1, 22)
 
 
 def test_nowhere_to_write(tmp_path):

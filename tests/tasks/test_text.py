@@ -81,7 +81,7 @@ def test_measures(task):
     measures = task.measure(logits, targets)
     assert measures["accuracy"] == (1, 4)
     assert measures["bits_per_character"].total == pytest.approx(measures["loss"].total / math.log(2))
-    assert measures["bits_per_character"].count == 4
+    assert measures["bits_per_character"].answers == 4
 
 
 def test_rendering(task):

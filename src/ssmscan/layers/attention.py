@@ -139,7 +139,7 @@ class Attention(Mixer):
         conv = Kept((0, self.in_proj.out_features), dtype) if self.conv1d is None else self.conv1d.kept(dtype)
         stored = self.reference_parameter().dtype
         pairs = Kept((-1, self.num_heads_kv, self.head_dim), stored if stored.is_floating_point else dtype)
-        return AttentionState(conv, pairs, pairs, Kept((), torch.int64))  # type: ignore[arg-type]
+        return AttentionState._make([conv, pairs, pairs, Kept((), torch.int64)])
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> AttentionState:
         """The state before the first token of ``batch_size`` sequences of at most ``max_length`` tokens."""
@@ -234,12 +234,17 @@ class Attention(Mixer):
         return y.masked_fill((position >= spare)[..., None, None], torch.nan)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        q, k, v = (part.to(q.dtype).transpose(1, 2) for part in (q, k, v))
-        mask = None if visible is None else visible.unsqueeze(1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None and self.causal, enable_gqa=self.num_heads != self.num_heads_kv
-        )
-        return y.transpose(1, 2)
+        """The values that each query sees, weighted: (b, l, h, p) from q (b, l, h, p) and k and v (b, j, g, p)."""
+        k, v = (part.to(q.dtype).transpose(1, 2) for part in (k, v))
+        if visible is None:
+            shared = self.num_heads != self.num_heads_kv
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=self.causal, enable_gqa=shared)
+            return y.transpose(1, 2)
+        # With a mask few kernels know of shared keys: heads that share them become one with as many times the queries.
+        sharing = self.num_heads // self.num_heads_kv
+        q = q.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        y = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, sharing, 1).unsqueeze(1))
+        return y.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"

@@ -101,7 +101,7 @@ class GatedSSM(Mixer):
         self.input_bias.copy_(gate.log() + gate.log1p() + 2 * rate)
 
     def state_layout(self) -> GatedSSMState:
-        return GatedSSMState(Kept((self.d_inner,), self.state_dtype()))  # type: ignore[arg-type]
+        return GatedSSMState._make([Kept((self.d_inner,), self.state_dtype())])
 
     def forward(
         self,

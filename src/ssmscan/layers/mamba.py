@@ -147,7 +147,7 @@ class Mamba(Mixer):
 
     def state_layout(self) -> MambaState:
         dtype = self.state_dtype()
-        return MambaState(self.conv1d.kept(dtype), Kept((self.d_inner, self.d_state), dtype))  # type: ignore[arg-type]
+        return MambaState._make([self.conv1d.kept(dtype), Kept((self.d_inner, self.d_state), dtype)])
 
     def forward(
         self,

@@ -158,7 +158,7 @@ class Mamba2(Mixer):
             raise NotImplementedError(no_state(type(self).__name__))
         dtype = self.state_dtype()
         scan = Kept((self.nheads, self.headdim, self.d_state), dtype)
-        return Mamba2State(self.conv1d.kept(dtype), scan)  # type: ignore[arg-type]
+        return Mamba2State._make([self.conv1d.kept(dtype), scan])
 
     def forward(
         self,

@@ -109,7 +109,7 @@ class MatrixSSM(Mixer):
         spread_decay_bias_(self.decay_bias, self.memory)
 
     def state_layout(self) -> MatrixSSMState:
-        return MatrixSSMState(Kept((self.rows, self.headdim), self.state_dtype()))  # type: ignore[arg-type]
+        return MatrixSSMState._make([Kept((self.rows, self.headdim), self.state_dtype())])
 
     def forward(
         self,

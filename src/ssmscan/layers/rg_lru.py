@@ -150,7 +150,7 @@ class RGLRU(Mixer):
 
     def state_layout(self) -> RGLRUState:
         dtype = self.state_dtype()
-        return RGLRUState(self.conv1d.kept(dtype), Kept((self.d_inner,), dtype))  # type: ignore[arg-type]
+        return RGLRUState._make([self.conv1d.kept(dtype), Kept((self.d_inner,), dtype)])
 
     def forward(
         self,

@@ -117,16 +117,20 @@ class S4D(Mixer):
 
     def system(self) -> dict[str, Tensor]:
         """dt, A, B, C and D, as :func:`ssmscan.s4d` takes them."""
-        A, C = -torch.exp(self.A_log), self.C.squeeze(-1)
-        if self.A_imag is not None:
-            A, C = torch.complex(A, self.A_imag), torch.view_as_complex(self.C)
+        # There is no complex number of two bfloat16, to which a sharding library may have narrowed them.
+        real = self.state_dtype()
+        A, C = -torch.exp(self.A_log.to(real)), self.C.to(real)
+        if self.A_imag is None:
+            C = C.squeeze(-1)
+        else:
+            A, C = torch.complex(A, self.A_imag.to(real)), torch.view_as_complex(C)
         return {"dt": torch.exp(self.log_dt), "A": A, "B": torch.ones_like(A), "C": C, "D": self.D}
 
     def state_layout(self) -> S4DState:
         dtype = self.state_dtype()
         if self.complex:
             dtype = torch.complex128 if dtype is torch.float64 else torch.complex64
-        return S4DState(Kept((self.d_model, self.n), dtype))  # type: ignore[arg-type]
+        return S4DState._make([Kept((self.d_model, self.n), dtype)])
 
     def forward(
         self,

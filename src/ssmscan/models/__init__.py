@@ -3,9 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ssmscan.models.config import LanguageModelConfig
-from ssmscan.models.lm import LanguageModel
-
 if TYPE_CHECKING:
     from ssmscan.models.cache import SSMCache
     from ssmscan.models.checkpoints.load import load_pretrained
@@ -25,8 +22,6 @@ _HOMES = {
 
 __all__ = [
     "PRESETS",
-    "LanguageModel",
-    "LanguageModelConfig",
     "SSMCache",
     "SSMConfig",
     "SSMForCausalLM",

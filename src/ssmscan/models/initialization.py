@@ -7,8 +7,10 @@ from torch import nn
 
 
 @torch.no_grad()
-def draw(module: nn.Module, reset: Callable[[], object]) -> None:
-    """Run ``reset``, which draws the parameters of ``module``, once, and give back those that were loaded.
+def draw(module: nn.Module, reset: Callable[[], object] | None = None) -> None:
+    """Draw the parameters of ``module``, once, and give back those that were loaded.
+
+    ``reset`` draws them; None is the module's ``reset_parameters``.
 
     transformers marks what it loaded, and modules that are done, with ``_is_hf_initialized``. Its own functions skip
     marked tensors one by one; here a layer draws as it does without transformers, whatever it draws with.
@@ -19,7 +21,7 @@ def draw(module: nn.Module, reset: Callable[[], object]) -> None:
     loaded = [tensor for tensor in parameters if getattr(tensor, "_is_hf_initialized", False)]
     if len(loaded) < len(parameters):
         values = [tensor.clone() for tensor in loaded]
-        reset()
+        (reset or module.reset_parameters)()  # type: ignore[operator]
         for tensor, value in zip(loaded, values, strict=True):
             tensor.copy_(value)
     module._is_hf_initialized = True  # type: ignore[assignment]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 class SSMBlock(GradientCheckpointingLayer, Block):
-    """A block whose activations transformers can recompute in the backward."""
+    """A block of a model, whose activations transformers can recompute in the backward."""
 
     def __init__(self, name: str, config: SSMConfig) -> None:
         width, eps = config.hidden_size, config.norm_eps
@@ -41,14 +41,17 @@ class SSMBlock(GradientCheckpointingLayer, Block):
         super().__init__(
             build_mixer(name, config), RMSNorm(width, eps), **mlp, residual_in_fp32=config.residual_in_fp32
         )
+        # What ends a residual branch, of which a model has one or two for each layer.
+        self._ends = ["mixer.out_proj", "mlp.fc2"] if mlp else ["mixer.out_proj"]
+        self._branches = config.num_hidden_layers * len(self._ends)
 
     @torch.no_grad()
-    def reset_parameters(self, scale: float) -> None:
-        """Draw all parameters, and what ends a residual branch smaller by ``scale``."""
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew; what ends one of n residual branches of the model is smaller by 1/√n."""
         for part in self.children():
-            part.reset_parameters()
-        for end in (self.mixer.out_proj, *([] if self.mlp is None else [self.mlp.fc2])):
-            end.weight.mul_(scale)
+            part.reset_parameters()  # type: ignore[operator]
+        for end in self._ends:
+            self.get_parameter(f"{end}.weight").mul_(self._branches**-0.5)
 
 
 class SSMPreTrainedModel(PreTrainedModel):
@@ -57,7 +60,7 @@ class SSMPreTrainedModel(PreTrainedModel):
     config_class = SSMConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("SSMBlock",)
+    _no_split_modules = ["SSMBlock"]  # noqa: RUF012
     # A state cannot go back, so generate refuses to let another model draft.
     _is_stateful = True
 
@@ -96,19 +99,21 @@ class SSMModel(SSMPreTrainedModel):
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
+        self.embeddings = cast(nn.Embedding, value)
+
+    @property
+    def blocks(self) -> list[SSMBlock]:
+        """``layers``, by their type."""
+        return cast(list[SSMBlock], list(self.layers))
 
     def initialize_weights(self) -> None:
-        """Draw what was not loaded, as the Mamba papers do.
+        """Draw what was not loaded, as the Mamba papers do: the variance of the stream does not grow with the depth.
 
-        What ends one of n residual branches is smaller by 1/√n: the stream's variance does not grow with the depth.
         transformers calls this, and its own walk would pass over the blocks, which have no parameter of their own.
         """
-        branches = len(self.layers) * (2 if self.config.intermediate_size else 1)
         draw(self.embeddings, lambda: nn.init.normal_(self.embeddings.weight, std=self.config.initializer_range))
-        for block in self.layers:
-            draw(block, lambda block=block: block.reset_parameters(branches**-0.5))
-        draw(self.norm_f, self.norm_f.reset_parameters)
+        for part in (*self.blocks, self.norm_f):
+            draw(part)
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> SSMCache:
         """The states of all layers before the first token of ``batch_size`` sequences.
@@ -116,7 +121,7 @@ class SSMModel(SSMPreTrainedModel):
         Only attention takes note of ``max_length``, the number of tokens that it has room for at first. Its room grows
         when it is used up.
         """
-        return SSMCache([block.mixer for block in self.layers], batch_size, max_length)
+        return SSMCache([block.mixer for block in self.blocks], batch_size, max_length)
 
     @can_return_tuple
     def forward(
@@ -146,10 +151,9 @@ class SSMModel(SSMPreTrainedModel):
         x = self.norm_f(x)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        states: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            hidden_states=(*streams, x) if output_hidden_states else None,
-            **{CACHE: cache},
+            last_hidden_state=x, hidden_states=(*streams, x) if output_hidden_states else None, **states
         )
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -160,8 +164,8 @@ class SSMModel(SSMPreTrainedModel):
             check_rank("SSMModel", "inputs_embeds", inputs_embeds, "b, l, m")
             return inputs_embeds
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in INDEX:
-            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise TypeError(error("SSMModel", "input_ids must be an int32 or int64 tensor", got))
+            given = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(error("SSMModel", "input_ids must be an int32 or int64 tensor", given))
         check_rank("SSMModel", "input_ids", input_ids, "b, l")
         return self.embeddings(input_ids)
 
@@ -183,7 +187,7 @@ class SSMModel(SSMPreTrainedModel):
                 raise TypeError(error("SSMModel", "cache must be an SSMCache", type(given).__name__, advice))
             return given
         if use_cache is None:
-            causal = all(getattr(block.mixer, "causal", True) for block in self.layers)
+            causal = all(getattr(block.mixer, "causal", True) for block in self.blocks)
             use_cache = self.config.use_cache and causal and not self.training and not packed
         return self.make_cache(batch_size) if use_cache else None
 
@@ -247,7 +251,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         """Draw what was not loaded, as the Mamba papers do."""
         self.backbone.initialize_weights()
         if not self.config.tie_word_embeddings:
-            draw(self.lm_head, self.lm_head.reset_parameters)
+            draw(self.lm_head)
 
     def make_cache(self, batch_size: int, max_length: int | None = None) -> SSMCache:
         """The states of all layers before the first token of ``batch_size`` sequences.
@@ -287,9 +291,9 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         generation_mode: Any,
         batch_size: int,
         max_cache_length: int,
-    ) -> None:
+    ) -> Any:
         """Begin with our cache, so that a long prompt can be read in chunks."""
-        super()._prepare_cache_for_generation(
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
@@ -369,9 +373,8 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
             if cu_seqlens is not None:
                 labels = _without_first(labels, cu_seqlens)
             loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE: getattr(outputs, CACHE)}
-        )
+        states: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **states)
 
 
 def _mask(attention_mask: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:

@@ -15,6 +15,8 @@ from ssmscan.backend import choose
 from ssmscan.ops.registration import observed
 from ssmscan.shapes import INDEX, check_dense, check_shape, error
 
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
 
 def enter(
     function: str,
@@ -41,7 +43,7 @@ def enter(
         The backend that runs, the sequence number of each token and the initial states. Of packed sequences without
         h0 these are zeros, expanded from one number for each sequence, as there can be many.
     """
-    implementation = choose(function, backend, x.device.type, dtype)
+    implementation = choose(function, backend, x.device.type, _REAL.get(dtype, dtype))
     count = check_sequences(function, x, cu_seqlens, h0, axes, state, sources)
     if cu_seqlens is None:
         return implementation, None, h0

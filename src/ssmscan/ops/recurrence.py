@@ -34,6 +34,23 @@ def recurrence(a: Tensor, u: Tensor, h: Tensor, sequence: Tensor | None, reverse
     return hs, torch.where(_beside(empty, u), h, hs[0, token])
 
 
+def carry(
+    m: Tensor, k: Tensor, u: Tensor, h: Tensor, first: Tensor | None, owner: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The states before and after each step of h = m·4^k·h + u, both in the shape (b, l, ...) of u; see :func:`scan`.
+
+    Of packed sequences ``first`` says which steps are the first of one, and ``owner`` whose initial state that takes.
+    """
+    if first is None:
+        after = scan(m, k, u, None, h)
+        return torch.cat([h[:, None], after[:, :-1]], 1), after
+    given, half, start = h[owner][None], _power(k), _beside(first, u)
+    u = u + torch.where(start, m * half * given * half, 0)
+    after = scan(m, k, u, first, torch.zeros_like(u[:, 0]))
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
+    return torch.where(start, given, before), after
+
+
 def _beside(flags: Tensor, u: Tensor) -> Tensor:
     """One flag for all that u (b, l, ...) holds for a token, or h for a sequence."""
     return flags.view(-1, *(1,) * (u.dim() - 2))
@@ -48,7 +65,7 @@ def _directed(a: Tensor, u: Tensor, start: Tensor | None, h: Tensor, reverse: bo
 def scan(m: Tensor, k: Tensor | None, u: Tensor, start: Tensor | None, h: Tensor) -> Tensor:
     """All states (b, l, ...) of h = m·4^k·h + u, where a token with ``start`` forgets what came before it.
 
-    Without k it is 0; with it, m is as :func:`scaled` has it.
+    Without k it is 0; with it, m is as :func:`scaled_exp` has it.
     """
     l = u.shape[1]
     # A compiled graph with fewer steps would serve one length alone.
@@ -63,7 +80,7 @@ def scan(m: Tensor, k: Tensor | None, u: Tensor, start: Tensor | None, h: Tensor
     if start is not None:
         start = F.pad(start, (0, pad)).view(n, size, *(1,) * (u.dim() - 3))
     # Half of the factor comes before the state and half after, so that it may exceed what a number holds.
-    half = None if k is None else power(k)
+    half = None if k is None else _power(k)
     decays = (m if half is None else m * half).unbind(2)
     halves = None if half is None else half.unbind(2)
     inputs = u.unbind(2)
@@ -102,9 +119,9 @@ def scan(m: Tensor, k: Tensor | None, u: Tensor, start: Tensor | None, h: Tensor
 def _product(m: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The products of the 16 steps on the third axis."""
     # Those of four are taken as they are: scaling each decay by itself would cost as much as all the rest.
-    fours, more = scaled(_multiply(m.unflatten(2, (4, 4)), 3))
+    fours, more = _scaled(_multiply(m.unflatten(2, (4, 4)), 3))
     more = more.sum(2)
-    product, most = scaled(_multiply(fours, 2))
+    product, most = _scaled(_multiply(fours, 2))
     return product, most + (more if k is None else more + k.sum(2))
 
 
@@ -114,20 +131,20 @@ def _multiply(v: Tensor, axis: int) -> Tensor:
     return (a * b) * (c * d)
 
 
-def scaled(a: Tensor) -> tuple[Tensor, Tensor]:
-    """a = m·4^k, with m from 1/2 to 2 unless a is zero or not finite; k is whole, and has no gradient."""
+def scaled_exp(log_a: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(log_a), which may overflow, as m·4^k: |m| is from 1/2 to 2 unless all is 0 or infinite; k is whole."""
+    k = (log_a.detach().real / math.log(4)).round().clamp(-(1 << 20), 1 << 20)
+    return torch.exp(log_a - math.log(4) * k), k
+
+
+def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a itself."""
     bound = _bound(a)
     k = (a.detach().abs().log2() / 2).round().clamp(-bound, bound)
     return a * torch.exp2(-2 * k), k
 
 
-def scaled_exp(log_a: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of exp(log_a), which may overflow itself."""
-    k = (log_a.detach() / math.log(4)).round().clamp(-(1 << 20), 1 << 20)
-    return torch.exp(log_a - math.log(4) * k), k
-
-
-def power(k: Tensor) -> Tensor:
+def _power(k: Tensor) -> Tensor:
     """2^k; where it would overflow, something so large that its square times any normal number does."""
     return torch.exp2(k.clamp(max=2 * _bound(k)))
 

@@ -155,7 +155,7 @@ class Operator:
         return self.load(arguments[-1], "forward")(inputs, options, True)
 
     def _backward(self, *arguments):
-        needs, backend = arguments[-2:]
+        needs, backend = tuple(arguments[-2]), arguments[-1]
         inputs, between, options = self._split(arguments[:-2])
         found = self.load(backend, "backward")(inputs, *between, options, needs)
         # An operator returns tensors: empty ones where nothing is wanted.
@@ -319,7 +319,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
     Not of an exported program: what the forward saves for the backward would tie that to the lengths of its example.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    # The function is_exporting() is True in any compilation by PyTorch 2.11.
+    if torch.is_grad_enabled() and not torch.compiler._is_exporting_flag:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True

@@ -32,7 +32,7 @@ class Measure(NamedTuple):
     """A metric as a sum over so many answers: measures of batches of any size add up."""
 
     total: float
-    count: int
+    answers: int
 
 
 class Task(ABC):
@@ -69,11 +69,11 @@ class Task(ABC):
         ``loss`` is the cross entropy of the answers (nats), ``accuracy`` the fraction that the greatest logit names.
         """
         asked = targets != IGNORE
-        count = int(asked.sum())
+        answers = int(asked.sum())
         right = (logits.argmax(-1) == targets)[asked].sum()
         return {
-            "loss": Measure(cross_entropy(logits, targets, "sum").item(), count),
-            "accuracy": Measure(right.item(), count),
+            "loss": Measure(cross_entropy(logits, targets, "sum").item(), answers),
+            "accuracy": Measure(right.item(), answers),
         }
 
     def pinned(self) -> Self:

@@ -121,7 +121,7 @@ class Text(Task):
     def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Measure]:
         measures = super().measure(logits, targets)
         nats = measures["loss"]
-        return measures | {"bits_per_character": Measure(nats.total / math.log(2), nats.count)}
+        return measures | {"bits_per_character": Measure(nats.total / math.log(2), nats.answers)}
 
     def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
         """The last line or so of the piece, and below each of its characters what the model took to come there."""

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 
@@ -59,7 +59,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
     """
     device = _device(config)
     config, model = _prepare(config)
-    model.to(device).train()
+    model.to(device=device).train()
     task, optimizer = config.task, make_optimizer(model, config.optim)
     with claimed(config, resume) as folder:
         step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)
@@ -152,17 +152,17 @@ def evaluate(model: SSMForCausalLM, config: TrainConfig, step: int, device: torc
     model.eval()
     examples = config.eval_examples
     sizes = [min(config.batch_size, examples - first) for first in range(0, examples, config.batch_size)]
-    totals: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
+    answers: defaultdict[str, int] = defaultdict(int)
     for i, size in enumerate(sizes):
         tokens, targets = config.task.batch(size, config.seed, step * len(sizes) + i, "eval").to(device)
         with _autocast(config, device):
             logits = model(tokens, use_cache=False).logits
-        for name, (total, count) in config.task.measure(logits, targets).items():
-            totals[name] += total
-            counts[name] += count
+        for name, measure in config.task.measure(logits, targets).items():
+            totals[name] += measure.total
+            answers[name] += measure.answers
     model.train()
-    return {name: totals[name] / counts[name] for name in totals}
+    return {name: totals[name] / answers[name] for name in totals}
 
 
 def _device(config: TrainConfig) -> torch.device:

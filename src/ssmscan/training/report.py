@@ -118,7 +118,7 @@ def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float 
     evals = [line for line in lines if line["split"] == "eval"]
     blue, orange, grey = "#3a6ea5", "#d1702c", "#8a8a8a"
     figure = Figure(figsize=(9, 3.8), dpi=160, layout="constrained")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
     left, right = figure.subplots(1, 2)
 
     left.plot(*_columns(train, "loss"), color=blue, alpha=0.45, linewidth=1, label="training batch")

@@ -1,13 +1,13 @@
 """What is particular to linear_scan: closed forms, its other definition, its defaults, its chunks and segments."""
 
 import doctest
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ssmscan import linear_scan, linear_scan_step
 from ssmscan.backend import why_not
-from ssmscan.ops import recurrence
 from ssmscan.ops.linear_scan.case import ALL, CASE, LOG_ALL
 from ssmscan.testing import Call, Setting, Standard, assert_close, assert_same_bits
 
@@ -86,13 +86,14 @@ def test_decay_and_its_logarithm(backend):
     assert_close(by_log, by_a, torch.float32)
 
 
-@pytest.mark.parametrize("chunk", [2, 7, 64])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_chunks_do_not_matter(monkeypatch, chunk, setting):
-    call = CASE.call(ALL, SIZE, setting)
-    expected = call.differentiate("torch")
-    monkeypatch.setattr(recurrence, "CHUNK", chunk)
-    assert_close(call.differentiate("torch"), expected, torch.float64)
+def test_levels_of_chunks(setting):
+    """The torch backend at a length whose chunks of chunks have chunks."""
+    length = 16 * 16 + 3
+    if setting.lengths is not None:
+        setting = replace(setting, lengths=(0, 1, 200, 16, length))
+    call = CASE.call(ALL, {**SIZE, "b": 1, "l": length}, setting)
+    assert_close(call.differentiate("torch"), call.differentiate("reference"), torch.float64)
 
 
 def _in_segments(monkeypatch):

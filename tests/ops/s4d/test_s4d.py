@@ -66,8 +66,63 @@ def test_fused_backends_refuse_the_fft(backend, monkeypatch):
         s4d(x, *system, mode="conv", backend=backend)
 
 
+@pytest.mark.parametrize("bounds", [[0, 1100], [0, 3, 3, 67, 130, 195, 1100]])
+def test_packed_modes_agree(bounds):
+    """Sequences shorter and longer than a chunk of 64 steps, and beyond 16 chunks."""
+    system = _system(2, 3)
+    bounds = torch.tensor(bounds)
+    x, h0 = torch.randn(1, 1100, 2).double(), torch.randn(len(bounds) - 1, 2, 3, dtype=torch.complex128)
+    for reverse in (False, True):
+        y, h = s4d(x, *system, h0=h0, cu_seqlens=bounds, reverse=reverse, backend="cpu")
+        for mode in ("conv", "recurrent"):
+            z, g = s4d(x, *system, h0=h0, cu_seqlens=bounds, reverse=reverse, mode=mode, backend="torch")
+            torch.testing.assert_close(z, y)
+            torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_auto_is_recurrent(backend):
+    """To the last bit; the FFT rounds otherwise."""
+    system = _system(2, 3)
+    x = torch.randn(2, 300, 2).double()
+    y, h = s4d(x, *system, backend=backend)
+    z, g = s4d(x, *system, mode="recurrent", backend=backend)
+    assert torch.equal(y, z)
+    assert torch.equal(h, g)
+    assert not torch.equal(y, s4d(x, *system, mode="conv", backend=backend)[0])
+
+
 def test_initial_poles():
     assert s4d_lin(2, 3).tolist() == [[complex(-0.5, float(torch.tensor(math.pi * k))) for k in range(3)]] * 2
     assert s4d_real(2, 3).tolist() == [[-1, -2, -3]] * 2
     assert s4d_lin(3, 4).is_contiguous()
     assert s4d_real(3, 4).is_contiguous()
+
+
+def test_initial_poles_under_other_defaults():
+    """A is complex64 or float32 whatever the default dtype, on the default device, as a layer's parameters are."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert s4d_lin(2, 3).dtype is torch.complex64
+        assert s4d_real(2, 3).dtype is torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert s4d_lin(2, 3).is_meta
+        assert s4d_real(2, 3).is_meta
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_under_another_default_device_and_dtype(backend):
+    x, system = torch.randn(1, 70, 2), [p.float() for p in _system(2, 3, torch.float64)]
+    bounds = torch.tensor([0, 3, 70])
+    expected = [s4d(x, *system, cu_seqlens=given, backend=backend) for given in (None, bounds)]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            values = [s4d(x, *system, cu_seqlens=given, backend=backend) for given in (None, bounds)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (y, h), (z, g) in zip(values, expected, strict=True):
+        assert torch.equal(y, z)
+        assert torch.equal(h, g)

@@ -15,7 +15,7 @@ from ssmscan.shapes import error
 _MIXERS = {"Mamba1": "mamba", "Mamba2": "mamba2"}
 
 # Arguments of theirs of which we have one value only.
-_THEIRS = {
+_THEIRS: dict[str, dict[str, Any]] = {
     "mamba": {"dt_init": "random", "dt_scale": 1.0},
     "mamba2": {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None, "conv_init": None},
     "attention": {"mlp_dim": 0, "softmax_scale": None, "rotary_emb_interleaved": False, "rotary_emb_scale_base": None},
@@ -23,7 +23,7 @@ _THEIRS = {
 # Arguments of theirs that say how to compute, not what.
 _IMMATERIAL = ("use_fast_path", "use_mem_eff_path", "chunk_size", "sequence_parallel")
 # Arguments of ours of which they have one value only.
-_OURS = {
+_OURS: dict[str, dict[str, Any]] = {
     "mamba": {"bcdt_rms_eps": None},
     "mamba2": {"norm_eps": 1e-5, "causal": True},
     "attention": {"window": None, "causal": True},

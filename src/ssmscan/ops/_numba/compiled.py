@@ -1,12 +1,12 @@
 """How the CPU's kernels are compiled, and when what was compiled before still holds."""
 
-import ast
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
-from importlib.util import find_spec
+from inspect import getsourcefile
+from pathlib import Path
+from types import CodeType
 from typing import Any, Literal
 
 from numba import njit
@@ -38,15 +38,15 @@ def compiled(
 class SourceCache(FunctionCache):
     """Numba's cache of one function, valid as long as nothing has changed that it was made of.
 
-    Numba itself looks at the file of the function alone, not at those from which it takes constants and functions.
+    Numba itself looks at the file of the function alone, not at the functions and constants of others.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        of_its_file = self._impl.locator.get_source_stamp()
-        self._cache_file = IndexDataCacheFile(
-            self.cache_path, self._impl.filename_base, (of_its_file, stamp(function.__module__))
-        )
+        found: dict[str, str] = {}
+        _collect(function, found)
+        stamp = self._impl.locator.get_source_stamp(), sorted(found.items())
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, stamp)
 
     # What cannot be read is compiled, and what cannot be written, on a full disk, is compiled again in another process.
 
@@ -59,22 +59,31 @@ class SourceCache(FunctionCache):
             super().save_overload(signature, data)
 
 
-@cache
-def stamp(module: str) -> str:
-    """A hash of the sources of ``module`` and of all that it imports from its package, directly or not."""
-    found: dict[str, str] = {}
-    _collect(module, found)
-    return sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()
-
-
-def _collect(module: str, found: dict[str, str]) -> None:
-    if module in found:
+def _collect(function: Any, found: dict[str, str]) -> None:
+    """What ``function`` is made of, by name: the files of the functions that it calls, and values of constants."""
+    # Of a compiled function or an intrinsic, the one that was decorated.
+    function = getattr(function, "py_func", getattr(function, "_defn", function))
+    name = f"{function.__module__}.{function.__qualname__}"
+    if name in found or not hasattr(function, "__code__"):
         return
-    spec = find_spec(module)
-    found[module] = spec.loader.get_source(module) or ""  # type: ignore[union-attr]
-    package = module.partition(".")[0]
-    for node in ast.walk(ast.parse(found[module])):
-        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == package:
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                _collect(name if name in sys.modules else str(node.module), found)
+    found[name] = _hash(getsourcefile(function))
+    package = function.__module__.partition(".")[0]
+    for constant in _names(function.__code__):
+        value = function.__globals__.get(constant)
+        if isinstance(value, int | float | str | tuple):
+            found[f"{function.__module__}.{constant}"] = repr(value)
+        elif callable(value) and str(getattr(value, "__module__", "")).partition(".")[0] == package:
+            _collect(value, found)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names of others that code, and functions in it, use."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@cache
+def _hash(path: str | None) -> str:
+    return sha256(Path(path).read_bytes()).hexdigest() if path is not None and Path(path).exists() else ""

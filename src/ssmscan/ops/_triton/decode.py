@@ -43,7 +43,7 @@ def launch(
     """
     x = read[0]
     assert x is not None
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     if y.numel() > 0:
         if state_indices is not None:
             state_indices = state_indices.contiguous()

@@ -69,7 +69,8 @@ def _store(out, column, inside, total, first, length, K: tl.constexpr):
 @kernel(do_not_specialize=["R"])
 def row_sums(parts, a, b, c, R, A, B, C, K: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    width = A + B + C
+    # Each of the lengths may fit into 32 bits, and their sum not.
+    width = tl.cast(A, tl.int64) + B + C
     inside = column < width
     total = tl.zeros((BC,), tl.float32)
     for start in range(0, R, BR):
@@ -81,7 +82,7 @@ def row_sums(parts, a, b, c, R, A, B, C, K: tl.constexpr, BR: tl.constexpr, BC: 
     if b is not None:
         _store(b, column, inside, total, A, B, 1)
     if c is not None:
-        _store(c, column, inside, total, A + B, C, 1)
+        _store(c, column, inside, total, width - C, C, 1)
 
 
 def sum_rows(

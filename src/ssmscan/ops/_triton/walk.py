@@ -240,7 +240,7 @@ def enter_segment(
     """Compose the summaries of the segments walked before ``segment``; product and total name this batch row's first.
 
     A segment in which a packed sequence starts (walked backward: ends) forgets what enters it, whatever its product:
-    0·NaN is not 0.
+    0·NaN is not 0. Nor is 0·inf: the product of decays above 1 overflows where a state of zero still is one.
     """
     row = tl.arange(0, 16)
     for j in range(0, segment, 16):
@@ -250,7 +250,7 @@ def enter_segment(
         totals = load_rows(total, offset, exists, channels, D, 0.0, BD, False, False)
         for i in tl.static_range(16):
             if sequence is None:
-                h = tl.fma(products[i], h, totals[i])
+                h = tl.where(h == 0.0, totals[i], tl.fma(products[i], h, totals[i]))
             else:
                 inside = j + i < segment
                 if BACKWARD:
@@ -261,6 +261,6 @@ def enter_segment(
                     leaves = enters + length
                 before = tl.load(sequence + direction * enters, mask=inside & (enters >= 0) & (enters < L), other=-1)
                 after = tl.load(sequence + direction * leaves, mask=inside, other=-1)
-                kept = tl.where(before == after, products[i] * h, 0.0)
+                kept = tl.where((before == after) & (h != 0.0), products[i] * h, 0.0)
                 h = tl.where(inside, kept + totals[i], h)
     return h

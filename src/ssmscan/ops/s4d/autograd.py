@@ -16,18 +16,19 @@ class Inputs(NamedTuple):
     C: Tensor
     D: Tensor | None
     h0: Tensor | None
+    sequence: Tensor | None
 
 
 class Options(NamedTuple):
-    pass
+    reverse: bool
 
 
 def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    x, C = inputs.x, inputs.C
-    return x.new_empty(x.shape), C.new_empty(x.shape[0], *C.shape)
+    x, C, h0 = inputs.x, inputs.C, inputs.h0
+    return x.new_empty(x.shape), C.new_empty(x.shape[0] if h0 is None else h0.shape[0], *C.shape)
 
 
-s4d = Operator("s4d", Inputs, Options, _outputs)
+s4d = Operator("s4d", Inputs, Options, _outputs, constants=1)
 s4d_step = define_step(
     "s4d_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor(a!) h, Tensor? state_indices) "
     "-> Tensor",

@@ -26,7 +26,7 @@ def s4d_lin(d: int, n: int) -> Tensor:
         ([[-0.5, -0.5]], [[0.0, 3.1415927410125732]])
     """
     imaginary = math.pi * torch.arange(n, dtype=torch.float32)
-    return torch.complex(torch.full((d, n), -0.5), imaginary.expand(d, n))
+    return torch.complex(torch.full((d, n), -0.5, dtype=torch.float32), imaginary.expand(d, n))
 
 
 def s4d_real(d: int, n: int) -> Tensor:

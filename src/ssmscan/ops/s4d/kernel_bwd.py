@@ -17,6 +17,7 @@ from ssmscan.ops.s4d.autograd import Inputs, Options
 from ssmscan.ops.s4d.configs import GRAM
 from ssmscan.ops.s4d.kernel_fwd import (
     PROGRAMS,
+    enter,
     entrance,
     groups,
     joined,
@@ -27,6 +28,7 @@ from ssmscan.ops.s4d.kernel_fwd import (
     walk,
 )
 from ssmscan.ops.s4d.kernel_system import block, system, system_backward
+from ssmscan.ops.s4d.layout import packed
 from ssmscan.ops.s4d.system import CHUNK
 
 
@@ -87,9 +89,8 @@ def s4d_gram(
 
 
 def gram(x: Tensor, dy: Tensor, h: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of T, V, W and P; x and dy are (d, b, 64·m), h and g (d, b, m, parts·n)."""
-    d, m = x.shape[0], h.shape[-1]
-    rows = x[0].numel() // CHUNK
+    """The gradients of T, V, W and P; x and dy are (d, b, 64·m), h and g (d, b·m, parts·n)."""
+    d, rows, m = h.shape
     PARTS = 1 + dtype.is_complex
     config = GRAM[x.dtype]
     # A fixed number of chunks each, summed in a fixed order.
@@ -111,43 +112,53 @@ def gram(x: Tensor, dy: Tensor, h: Tensor, g: Tensor, dtype: torch.dtype) -> tup
 def backward(
     inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
 ) -> Sequence[Tensor | None]:
-    x, z, B, C, D, h0 = inputs
-    b, l, d = x.shape
+    x, z, B, C, D, h0, sequence = inputs
+    reverse = options.reverse
     dtype = C.dtype
     dz, dB, dC = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (z, B, C))
-    dD = C.new_zeros(0 if D is None else d, dtype=torch.float32)
-    dh0 = C.new_zeros(0 if h0 is None else b, *C.shape)
-    if b * l * d == 0:
+    dD = C.new_zeros(0 if D is None else D.shape[0], dtype=torch.float32)
+    dh0 = C.new_zeros(0 if h0 is None else h0.shape[0], *C.shape)
+    if x.numel() == 0:
         if h0 is not None and dh is not None:
             dh0.copy_(dh)
-        return x.new_zeros(b, l, d), dz, dB, dC, dD, dh0
+        return x.new_zeros(x.shape), dz, dB, dC, dD, dh0
+    layout = None if h0 is None or sequence is None else packed(sequence, h0.shape[0], reverse)
     with torch.autocast(x.device.type, enabled=False):
-        X, dY = time_last(x), time_last(dy)
-        first = (l - 1) % CHUNK + 1
+        X, dY = (time_last(t, layout, reverse) for t in (x, dy))
+        d, rows = X.shape[0], X[0].numel() // CHUNK
+        # No walk comes to the chunks that are left over.
+        new = X.new_empty if layout is None else X.new_zeros
         slices = groups(C.shape[1])
         dX = torch.empty_like(X, dtype=x.dtype if len(slices) == 1 else torch.float32)
         for i, g in enumerate(slices):
             s = system(z, B, C, None if i else D, g)
-            H, G = torch.empty(2, d, b, X.shape[2] // CHUNK, s.P.shape[1], dtype=torch.float32, device=x.device)
+            H, G = new((2, d, rows, s.P.shape[1]), dtype=torch.float32)
             start = end = None
             if h0 is not None:
-                state = h0[:, :, g].transpose(0, 1)
-                start, _, W = entrance(s, z[:, g], state, first)
+                e = entrance(h0[:, :, g], x, layout)
+                start, _ = enter(s, z[:, g], e, dtype)
             if dh is not None:
                 end = parts(dh[:, :, g].transpose(0, 1))
-            walk(X, s, dtype, start=start, states=H)
-            walk(dY, s, dtype, start=end, y=dX, states=G, adjoint=True, accumulate=i > 0)
+            walk(X, s, dtype, layout, start=start, states=H)
+            walk(dY, s, dtype, layout, start=end, y=dX, states=G, adjoint=True, accumulate=i > 0)
             dT, dV, dW, dP = gram(X, dY, H, G, dtype)
             if h0 is not None:
-                # What the initial state adds to the first chunk's outputs.
-                head = dY[:, :, :CHUNK].float()
-                dW[:, :first] += (head.mT @ parts(state))[:, CHUNK - first :]
+                # What the initial states add to the outputs of the first chunks, of which the tokens come first here.
+                zeros = (CHUNK - e.first)[:, None]
+                token = torch.arange(CHUNK, device=x.device) + zeros
+                head = dY.view(d, rows, CHUNK)[:, e.begin].gather(2, token.clamp(max=CHUNK - 1).expand(d, -1, -1))
+                head = torch.where(token < CHUNK, head, 0.0).float()
+                dW += head.mT @ e.state
             dK = system_backward(z, B, C, (dT, dV, dW, dP), (dz, dB, dC), g)
             if h0 is not None:
-                # And what it leaves at the end of that chunk.
-                kept, dkept = (z[:, g] * first).exp().to(dtype).conj(), joined(G[:, :, 0], dtype)
-                dh0[:, :, g] = (kept[:, None] * dkept + joined(head @ W, dtype)).transpose(0, 1)
-                dz[:, g] += first * kept * (state.conj() * dkept).sum(1)
+                # And what they leave at the end of these chunks.
+                kept = (z[:, None, g] * e.first[:, None]).exp().to(dtype).conj()
+                dkept = kept * joined(G[:, e.begin], dtype)
+                dh0[:, :, g] = (dkept + joined(head @ s.W, dtype)).transpose(0, 1)
+                dz[:, g] += (e.first[:, None] * joined(e.state, dtype).conj() * dkept).sum(1)
             if D is not None and i == 0:
                 dD.copy_(dK[:, 0])
-        return time_second(dX, l, x.dtype), dz, dB, dC, dD, dh0
+        if layout is not None:
+            passed = torch.zeros_like(dh0) if dh is None else dh
+            dh0 = torch.where((layout.chunks == 0)[:, None, None], passed, dh0)
+        return time_second(dX, x, layout, reverse), dz, dB, dC, dD, dh0

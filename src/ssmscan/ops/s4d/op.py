@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ssmscan.backend import choose
 from ssmscan.ops.decoding import advance, check_state, fused, leading_axes
+from ssmscan.ops.packing import enter
 from ssmscan.ops.s4d import autograd, plain, reference
 from ssmscan.ops.s4d.system import discretise
-from ssmscan.shapes import check_rank, check_shape, check_tensors, error, state_dtype
+from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int
@@ -25,8 +25,10 @@ def s4d(
     C: Float[Tensor, "d n"] | Complex[Tensor, "d n"],
     D: Float[Tensor, " d"] | None = None,
     *,
-    mode: Literal["conv", "recurrent"] = "conv",
+    mode: Literal["auto", "conv", "recurrent"] = "auto",
     h0: Float[Tensor, "b d n"] | Complex[Tensor, "b d n"] | None = None,
+    reverse: bool = False,
+    cu_seqlens: Int[Tensor, " s+1"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"] | Complex[Tensor, "b d n"]]:
     """Run a time-invariant diagonal state space model over time, each channel on its own, n states in each.
@@ -47,17 +49,23 @@ def s4d(
         D: skip, (d,); None is zero.
         mode: "conv" convolves with the whole impulse response by FFT; "recurrent" carries the state along, on a GPU
             from chunk to chunk of 64 steps. Where an input is not finite, "conv" spoils its whole sequence and channel.
-        h0: initial state, (b, d, n), complex when A is; None is zero.
+            "auto" takes what was measured to be faster on the device: "recurrent" on each of them so far.
+        h0: initial state, (b, d, n), or (s, d, n) with ``cu_seqlens``, complex when A is; None is zero.
+        reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
+            the one at the left end.
+        cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
+            length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
+            it; they turn the outputs into NaN. An FFT would mix the sequences: "conv", too, runs them in chunks.
         backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`. "triton" and "cpu" run
             mode "recurrent"; the FFT is PyTorch's, so "auto" takes "torch" for mode "conv".
 
     Returns:
-        y, (b, l, d) in x's dtype, and the final state, (b, d, n), in float32 or complex64 (float64 or complex128 when
-        an input is).
+        y, (b, l, d) in x's dtype, and the final state, (b, d, n) or (s, d, n), in float32 or complex64 (float64 or
+        complex128 when an input is).
 
     Raises:
         TypeError: an argument is not a tensor of these kinds, or not all of A, B, C and h0 are real or all complex.
-        ValueError: a wrong shape, device, mode or backend name.
+        ValueError: a wrong shape, device, mode or backend name, or bad ``cu_seqlens``.
         RuntimeError: the named backend cannot run here.
 
     Gu et al., "On the Parameterization and Initialization of Diagonal State Space Models" (2022), sections 2 and 3.
@@ -70,11 +78,11 @@ def s4d(
         >>> [round(v, 4) for v in y.flatten().tolist()], round(h.item(), 4)
         ([0.7213, 1.082, 1.2624], 1.2624)
     """
-    if mode not in ("conv", "recurrent"):
-        raise ValueError(error("s4d", 'mode must be "conv" or "recurrent"', repr(mode)))
+    if mode not in ("auto", "conv", "recurrent"):
+        raise ValueError(error("s4d", 'mode must be "auto", "conv" or "recurrent"', repr(mode)))
+    check_flags("s4d", reverse=reverse)
     real, dtype = _check("s4d", "b, l, d", x, dt, A, B, C, D, h0)
-    check_shape("s4d", "h0", h0, "b, d, n", (x.shape[0], *A.shape), "x and A")
-    implementation = choose("s4d", backend, x.device.type, real)
+    implementation, sequence, h0 = enter("s4d", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A")
     if mode == "conv" and implementation in ("triton", "cpu"):
         if backend != "auto":
             raise RuntimeError(
@@ -82,12 +90,13 @@ def s4d(
             )
         implementation = "torch"
     if implementation == "reference":
-        return reference.s4d(x, dt, A, B, C, D, h0, dtype)
+        return reference.s4d(x, dt, A, B, C, D, h0, sequence, reverse, dtype)
     z, B = discretise(dt, A, B, dtype)
     if implementation == "torch":
-        return plain.s4d(x, z, B, C.to(dtype), D, h0, mode)
+        return plain.s4d(x, z, B, C.to(dtype), D, h0, sequence, mode, reverse)
     D, h0 = D if D is None else D.to(real), h0 if h0 is None else h0.to(dtype)
-    return autograd.s4d(autograd.Inputs(x, z, B, C.to(dtype), D, h0), autograd.Options(), implementation)
+    inputs = autograd.Inputs(x, z, B, C.to(dtype), D, h0, sequence)
+    return autograd.s4d(inputs, autograd.Options(reverse), implementation)
 
 
 def s4d_step(

@@ -1,13 +1,17 @@
 """Both modes in plain PyTorch, differentiable any number of times, on any device.
 
-What the inputs drive is computed from a zero state: by FFT, or in chunks of 64 steps that are matrix products for all
-chunks at once, with a scan over the chunks' states. What the initial state leaves behind is added to it. At most
-n/64 times the input's size is stored, never (b, l, d, n).
+In chunks of 64 steps the scan is matrix products for all chunks at once, and a recurrence over the chunks' states. By
+FFT what the inputs drive is computed from a zero state, and what the initial state leaves behind is added. At most n/64
+times the input's size is stored, never (b, l, d, n). Packed sequences always go by chunks: their lengths are not
+known on the host, and an FFT would mix them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops.recurrence import carry, scaled_exp
+from ssmscan.ops.s4d.layout import Layout, packed, remainder
 from ssmscan.ops.s4d.system import (
     CHUNK,
     chunks,
@@ -21,38 +25,83 @@ from ssmscan.ops.s4d.system import (
     weight,
 )
 
-# Chunks whose states are passed on one after the other, in all groups of so many at once.
-GROUP = 8
-
 
 def s4d(
-    x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, mode: str
+    x: Tensor,
+    z: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    mode: str,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    batch, l, d = x.shape
-    if batch == 0 or l == 0:
-        return x * 1, x.new_zeros(batch, *C.shape, dtype=C.dtype) if h0 is None else h0.to(C.dtype) * 1
+    s = x.shape[0] if h0 is None else h0.shape[0]
+    h = C.new_zeros(s, *C.shape) if h0 is None else h0.to(C.dtype)
+    if 0 in x.shape[:2]:
+        return x * 1, h * 1
+    layout = None if sequence is None else packed(sequence, s, reverse)
+    flipped = reverse and layout is None
+    u = (x.flip(1) if flipped else x).to(C.real.dtype)
     # Autocast would round the matrix products to bfloat16.
     with torch.autocast(x.device.type, enabled=False):
-        E = powers(z, C.dtype)
-        X = chunks(x, C.real.dtype)
-        m = X.shape[2]
-        drive = (X.flatten(1, 2) @ reals(enters(E, B))).unflatten(1, (batch, m))
-        drive = complexes(drive, C.dtype)
-        W = reals(leaves(E, z, C).conj()).mT
-        if mode == "conv":
-            y = _convolve(x.permute(2, 0, 1).to(X.dtype), _kernel(z, E, B, C, D, l))
-            h = (drive * _decay(z, m, C.dtype).flip(1)[:, None]).sum(2)
+        if mode == "conv" and layout is None:
+            y, h = _by_fft(u, z, B, C, D, None if h0 is None else h)
         else:
-            entering = _entering(drive, z * CHUNK)
-            y = torch.baddbmm(X.flatten(1, 2) @ toeplitz(taps(E, B, C, D)), reals(entering).flatten(1, 2), W)
-            y = y.view(d, batch, m * CHUNK)[:, :, -l:]
-            h = (z * CHUNK).exp().to(C.dtype)[:, None] * entering[:, :, -1] + drive[:, :, -1]
-        if h0 is not None:
-            h0 = h0.to(C.dtype).transpose(0, 1)
-            starts = h0[:, :, None] * _decay(z, m, C.dtype)[:, None]
-            y = y + (reals(starts).flatten(1, 2) @ W).view(d, batch, m * CHUNK)[:, :, :l]
-            h = h + (z * l).exp().to(C.dtype)[:, None] * h0
-        return y.permute(1, 2, 0).to(x.dtype).contiguous(), h.transpose(0, 1).contiguous()
+            y, h = _by_chunks(u, z, B, C, D, h, layout)
+    return (y.flip(1) if flipped else y).to(x.dtype).contiguous(), h.contiguous()
+
+
+def _by_chunks(
+    x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h: Tensor, layout: Layout | None
+) -> tuple[Tensor, Tensor]:
+    batch, l, d = x.shape
+    if layout is None:
+        X = F.pad(x.permute(2, 0, 1), (0, -l % CHUNK)).unflatten(2, ((l + CHUNK - 1) // CHUNK, CHUNK))
+        first = owner = None
+    else:
+        X = layout.lay(x, in_front=False).unflatten(2, (layout.rows, CHUNK))
+        first, owner = layout.owners()
+    m = X.shape[2]
+    E = powers(z, C.dtype)
+    V, W = enters(E, B), reals(leaves(E, z, C).conj()).mT
+    drive = complexes(X.flatten(1, 2) @ reals(V), C.dtype).unflatten(1, (batch, m)).permute(1, 2, 0, 3)
+    decay, exponent = (v[None, None].expand(1, m, -1, -1) for v in scaled_exp(z * CHUNK))
+    entering, _ = carry(decay.to(C.dtype), exponent.to(x.dtype), drive, h, first, owner)
+    outputs = torch.baddbmm(
+        X.flatten(1, 2) @ toeplitz(taps(E, B, C, D)), reals(entering.permute(2, 0, 1, 3).flatten(1, 2)), W
+    )
+    y = outputs.view(d, batch, m * CHUNK)
+    # The last chunk is not full, and its zeros are not to pass over the state.
+    if layout is None:
+        r = l - (m - 1) * CHUNK
+        tail = X[:, :, -1, :r] @ reals(V[:, CHUNK - r :])
+        final = (z * r).exp().to(C.dtype) * entering[:, -1] + complexes(tail, C.dtype).transpose(0, 1)
+        return y[:, :, :l].permute(1, 2, 0), final
+    kept, last = remainder(layout.length), layout.begin + (layout.chunks - 1).clamp(min=0)
+    column = torch.arange(CHUNK, device=x.device) + (kept - CHUNK)[:, None]
+    tail = X[:, 0, last].gather(2, column.clamp(min=0).expand(d, -1, -1))
+    tail = complexes(torch.where(column >= 0, tail, 0) @ reals(V), C.dtype).transpose(0, 1)
+    final = (z * kept[:, None, None]).exp().to(C.dtype) * entering[0, last] + tail
+    return layout.gather(y, in_front=False), torch.where((layout.chunks == 0)[:, None, None], h, final)
+
+
+def _by_fft(x: Tensor, z: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, l, d = x.shape
+    E = powers(z, C.dtype)
+    X = chunks(x)
+    m = X.shape[2]
+    drive = complexes((X.flatten(1, 2) @ reals(enters(E, B))).unflatten(1, (batch, m)), C.dtype)
+    decay = _decay(z, m, C.dtype)
+    y = _convolve(x.permute(2, 0, 1), _kernel(E, decay, B, C, D, l))
+    h = (drive * decay.flip(1)[:, None]).sum(2)
+    if h0 is not None:
+        h0 = h0.transpose(0, 1)
+        left = reals(h0[:, :, None] * decay[:, None]).flatten(1, 2) @ reals(leaves(E, z, C).conj()).mT
+        y = y + left.view(d, batch, m * CHUNK)[:, :, :l]
+        h = h + (z * l).exp().to(C.dtype)[:, None] * h0
+    return y.permute(1, 2, 0), h.transpose(0, 1)
 
 
 def _decay(z: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -61,28 +110,9 @@ def _decay(z: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return (z[:, None] * steps[:, None]).exp().to(dtype)
 
 
-def _entering(drive: Tensor, z: Tensor) -> Tensor:
-    """The state that enters each chunk, (d, b, m, n), where ``drive`` is what each adds and exp(z) what each keeps."""
-    d, batch, m, n = drive.shape
-    groups = (m + GROUP - 1) // GROUP
-    drive = torch.cat([drive, drive.new_zeros(d, batch, groups * GROUP - m, n)], 2).unflatten(2, (groups, GROUP))
-    keep = z.exp().to(drive.dtype)[:, None, None]
-    h = torch.zeros_like(drive[:, :, :, 0])
-    states = []
-    for i in range(GROUP):
-        states.append(h)
-        h = keep * h + drive[:, :, :, i]
-    entering = torch.stack(states, 3)
-    if groups > 1:
-        steps = torch.arange(GROUP, device=z.device)
-        kept = (z[:, None] * steps[:, None]).exp().to(drive.dtype)
-        entering = entering + kept[:, None, None] * _entering(h, z * GROUP)[:, :, :, None]
-    return entering.flatten(2, 3)[:, :, :m]
-
-
-def _kernel(z: Tensor, E: Tensor, B: Tensor, C: Tensor, D: Tensor | None, l: int) -> Tensor:
+def _kernel(E: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None, l: int) -> Tensor:
     """The response to an impulse for l steps, (d, l): one product of Vandermonde matrices."""
-    starts = _decay(z, (l + CHUNK - 1) // CHUNK, C.dtype) * (weight(C) * B * C)[:, None]
+    starts = decay * (weight(C) * B * C)[:, None]
     K = (reals(starts.conj()) @ reals(E).mT).flatten(1)[:, :l]
     if D is None:
         return K

@@ -5,16 +5,28 @@ from torch import Tensor
 
 
 def s4d(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, h0: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    sequence: Tensor | None,
+    reverse: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``dtype`` is the state's, complex when A is."""
     a, b = discretise(dt, A, B, dtype)
+    l = x.shape[1]
     h = x.new_zeros(x.shape[0], *A.shape, dtype=dtype) if h0 is None else h0.to(dtype)
-    ys = []
-    for x_t in x.unbind(1):
-        h, y = advance(x_t, a, b, C, D, h)
-        ys.append(y)
-    return torch.stack(ys, 1) if ys else x * 1, h * 1
+    # One state for the whole batch, or one for each packed sequence.
+    states = [h] if sequence is None else list(h.split(1))
+    owner = [0] * l if sequence is None else sequence.tolist()
+    xs, ys = x.unbind(1), [x] * l
+    for t in reversed(range(l)) if reverse else range(l):
+        states[owner[t]], ys[t] = advance(xs[t], a, b, C, D, states[owner[t]])
+    return torch.stack(ys, 1) if ys else x * 1, torch.cat(states) if states else h * 1
 
 
 def discretise(dt: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

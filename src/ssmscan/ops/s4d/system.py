@@ -77,8 +77,8 @@ def complexes(t: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(t.unflatten(-1, (-1, 2))) if dtype.is_complex else t
 
 
-def chunks(x: Tensor, dtype: torch.dtype) -> Tensor:
+def chunks(x: Tensor) -> Tensor:
     """x (b, l, d) as (d, b, m, 64), with zeros before the first token to fill the first chunk."""
     b, l, d = x.shape
-    x = F.pad(x.permute(2, 0, 1).to(dtype), (-l % CHUNK, 0))
+    x = F.pad(x.permute(2, 0, 1), (-l % CHUNK, 0))
     return x.reshape(d, b, (l + CHUNK - 1) // CHUNK, CHUNK)

@@ -228,7 +228,8 @@ def selective_scan_backward(
         # Compose the summaries of the segments walked before.
         for j in range(segment):
             row = (batch * segments + j) * d
-            kept = tl.exp2(a * load_channels(elapsed + row, channels, inside)[:, :, :, None]) * g
+            decay = tl.exp2(a * load_channels(elapsed + row, channels, inside)[:, :, :, None])
+            kept = tl.where(g == 0.0, 0.0, decay * g)
             if PACKED:
                 kept = tl.where(passes(starts, ends, j, segments, length, True), kept, 0.0)
             g = kept + load_lanes(totals + row * n, channels, inside, vary(one, j), d, n, N)

@@ -180,7 +180,9 @@ def selective_scan_walk(
             # Compose the summaries of the segments walked before.
             for j in range(segment):
                 row = (batch * segments + j) * d
-                kept = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[None, :]) * h
+                decay = tl.exp2(a * tl.load(elapsed + row + channels, mask=inside, other=0.0)[None, :])
+                # A state of zero stays zero, though the decay of a system that grows overflows.
+                kept = tl.where(h == 0.0, 0.0, decay * h)
                 if starts is not None:
                     kept = tl.where(passes(starts, ends, j, segments, length, False), kept, 0.0)
                 h = kept + load_states(totals + row * n, channels, inside, one, states, d, n)

@@ -9,10 +9,8 @@ from torch.nn import functional as F
 
 from ssmscan.ops._numba.arrays import empty, filled
 from ssmscan.ops._numba.parallel import run
-from ssmscan.ops.cuts import cut
 from ssmscan.ops.ssd import cpu_kernels
 from ssmscan.ops.ssd.autograd import Inputs, Options
-from ssmscan.ops.ssd.cpu_buffers import CHUNK
 from ssmscan.shapes import state_dtype
 
 # Parts of a group's heads, each of which sums its own dB and dC: for as many threads, and the same for any number.
@@ -28,7 +26,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     final = filled(_shape(x, B, h0), dtype, h0)
     y = empty(*x.shape, dtype=dtype)
     arrays = _arrays_of(inputs, options, dtype)
-    chunks = _chunks(sequence, final.shape[0], x.shape[1], reverse)
+    chunks = _chunks(arrays[1], sequence, reverse)
     _, parts = _parts(x, B)
     run(cpu_kernels.forward, parts, *arrays, chunks, final.numpy(), y.numpy(), _per_group(x, B), reverse)
     if z is not None:
@@ -55,7 +53,7 @@ def backward(
     dBs, dCs = empty(2, splits, *B.shape, dtype=dtype)
     dDs = filled((batch, heads, p), dtype)
     arrays = _arrays_of(inputs, options, dtype)
-    chunks = _chunks(sequence, g.shape[0], l, reverse)
+    chunks = _chunks(arrays[1], sequence, reverse)
     outputs = (v.numpy() for v in (g, dx, dsteps, dBs, dCs, dDs))
     run(
         cpu_kernels.backward, parts, *arrays, dy.contiguous().numpy(), chunks, start.numpy(), *outputs,
@@ -113,15 +111,10 @@ def _shape(x: Tensor, B: Tensor, h0: Tensor | None) -> tuple[int, ...]:
     return (x.shape[0], *x.shape[2:], B.shape[3]) if h0 is None else tuple(h0.shape)
 
 
-def _chunks(sequence: Tensor | None, s: int, l: int, reverse: bool) -> np.ndarray:
-    """The first position in scan order, the length and the sequence of each chunk, (chunks, 3)."""
-    if sequence is None:
-        begin = torch.arange(0, l, CHUNK, device="cpu")
-        chunks = torch.stack((begin, (l - begin).clamp(max=CHUNK), torch.zeros_like(begin)), 1)
-    else:
-        begin, length, owner, *_ = cut(sequence, s, CHUNK, reverse)
-        chunks = torch.stack((begin, length, owner), 1)[length > 0]
-    return chunks.numpy()
+def _chunks(steps: np.ndarray, sequence: Tensor | None, reverse: bool) -> np.ndarray:
+    """The chunks of all heads, (chunks, 3)."""
+    owner = np.zeros(steps.shape[2], np.int32) if sequence is None else sequence.numpy()
+    return cpu_kernels.cut(steps[1], owner, reverse)
 
 
 def _parts(x: Tensor, B: Tensor) -> tuple[int, list[tuple[int, int, int, int]]]:

@@ -8,8 +8,9 @@ the state that enters a chunk, n by p as in all buffers here, and g the adjoint 
     dC_i = Σ_j w_ij Δ_j (dy_i·x_j) B_j + e_i dy_i h,    dB_j = Δ_j (Σ_i w_ij (dy_i·x_j) C_i + l_j x_j g),
     dlog_a_t = what flows from tokens before t to those from t on.
 
-A chunk belongs to one sequence. Inner loops run over whole rows, beyond the tokens and channels that there are; what
-lies there is never a term of a sum, so it may be a NaN of another sequence.
+A chunk belongs to one sequence, and is shorter where decays above 1 would make some w_ij overflow: it would be times 0
+where the recurrence has a state of 0. Inner loops run over whole rows, beyond the tokens and channels that there are;
+what lies there is never a term of a sum, so it may be a NaN of another sequence.
 """
 
 from math import exp, log1p
@@ -54,6 +55,8 @@ from ssmscan.ops.ssd.products import (
 
 # Tokens of which a thread finds the steps, and elements that it sums, at once.
 STRETCH, SUMS = 256, 1 << 16
+# By how much a state may grow within a chunk: far from what overflows, and far more than the decays of a stable system.
+LARGEST = 2.0**40
 
 
 @compiled
@@ -93,6 +96,28 @@ def step_gradients(ddt, dA, dbias, dsteps, dt, A, bias, softplus, low, high, num
             ddt[batch, t, head] = gradient
             dA[number, head] += dlog * size
             dbias[number, head] += gradient
+
+
+@compiled
+def cut(decays, owner, reverse):
+    """The first position in scan order, the length and the sequence of each chunk, (chunks, 3), for all heads alike."""
+    batch, l, heads = decays.shape
+    chunks = np.empty((l, 3), np.int64)
+    count, growth = 0, 1.0
+    for position in range(l):
+        t = l - 1 - position if reverse else position
+        largest = 1.0
+        for i in range(batch):
+            for head in range(heads):
+                if decays[i, t, head] > largest:
+                    largest = decays[i, t, head]
+        growth *= largest
+        overflows = largest > 1 and growth > LARGEST
+        if count == 0 or chunks[count - 1, 1] == CHUNK or chunks[count - 1, 2] != owner[t] or overflows:
+            chunks[count, 0], chunks[count, 1], chunks[count, 2] = position, 0, owner[t]
+            count, growth = count + 1, largest
+        chunks[count - 1, 1] += 1
+    return chunks[:count]
 
 
 @compiled

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
-from ssmscan.ops.recurrence import scaled_exp, scan
+from ssmscan.ops.recurrence import carry, scaled_exp
 from ssmscan.shapes import state_dtype
 
 CHUNK = 64
@@ -66,19 +66,20 @@ def ssd(
     log_a = split(delta * A).movedim(2, 3).unflatten(2, (groups, -1))
     pairs, entered, left = _logarithms(log_a)
     states = (_grown(X, left[..., None]).mT @ Bs).flatten(2, 3)
-    entering, final = _carry(log_a.sum(-1).flatten(2, 3), states, chunks, h)
+    first, owner = (None, None) if chunks is None else (chunks.first, chunks.sequence)
+    entering, after = carry(*scaled_exp(log_a.sum(-1).flatten(2, 3)[..., None, None]), states, h, first, owner)
     y = _weighted(pairs, log_a.detach().clamp(min=0), Cs @ Bs.mT, X)
     y = y + _grown(Cs @ entering.unflatten(2, (groups, -1)).mT, entered[..., None])
     y = y.flatten(2, 3).movedim(3, 2).flatten(1, 2)
     if sequence is None or chunks is None or index is None:
-        y = y[:, :l]
+        y, final = y[:, :l], after[:, -1]
     else:
         # Where each position of the sequence lies in the chunks.
         y = y[:, torch.zeros(l + 1, dtype=index.dtype, device=x.device).scatter(0, index, _arange(index))[:l]]
         _, empty = last_tokens(sequence, h.shape[0], reverse)
         last = torch.zeros(h.shape[0] + 1, dtype=index.dtype, device=x.device)
         last = last.scatter(0, torch.where(chunks.last, chunks.sequence, h.shape[0]), _arange(chunks.last))
-        final = torch.where(empty[:, None, None, None], h, final[0, last[:-1]])
+        final = torch.where(empty[:, None, None, None], h, after[0, last[:-1]])
     y = y.flip(1) if reverse else y
     if D is not None:
         y = y + D.to(dtype).view(heads, -1) * x.to(dtype)
@@ -129,21 +130,3 @@ def _weighted(pairs: Tensor, growth: Tensor, scores: Tensor, X: Tensor) -> Tenso
 def _log_largest(v: Tensor) -> int:
     """A whole number below the logarithm of the largest number."""
     return math.floor(math.log(torch.finfo(v.dtype).max))
-
-
-def _carry(log_a: Tensor, states: Tensor, chunks: Cuts | None, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The state that enters each chunk, and the final state; of packed sequences, the one after each chunk.
-
-    The chunk's own ``states`` are (b, c, h, p, n), the logarithm of its decay (b, c, h).
-    """
-    log_a = log_a[..., None, None]
-    decay = scaled_exp(log_a)
-    if chunks is None:
-        after = scan(*decay, states, None, h)
-        return torch.cat([h[:, None], after[:, :-1]], 1), after[:, -1]
-    given = h[chunks.sequence][None]
-    first = chunks.first[:, None, None, None]
-    states = states + torch.where(first, _grown(given, log_a), 0)
-    after = scan(*decay, states, chunks.first, torch.zeros_like(states[:, 0]))
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
-    return torch.where(first, given, before), after
