@@ -12,7 +12,7 @@ import torch
 import ssmscan
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests" / "README.md"])
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(ssmscan.__path__, "ssmscan.")
@@ -43,6 +43,23 @@ def test_pages(page):
             names.update(test.globs)
         else:
             exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page):
+    """Those within the tree lead to files that are there, and of headings to such ones."""
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" not in link and not (target.exists() and (not heading or heading in _headings(target))):
+            missing.append(link)
+    assert not missing
+
+
+def _headings(page):
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def test_there_are_examples():

@@ -119,7 +119,6 @@ def test_nan_stays_in_its_document(backend, option):
             assert same_bits(dirty[output][:, 23:], clean[output][:, 23:]), output
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not on")
 @pytest.mark.parametrize("option", [*CASE.options, SHARED])
 def test_whole_tiles(option):
