@@ -1,14 +1,12 @@
 """Each launch configuration compiled for GPUs that are not here, whose shared memory it must fit."""
 
 import pytest
-import torch
 
 from ssmscan.ops.cases import CASES
 from ssmscan.testing import PLAIN, Setting
 
 pytest.importorskip("triton")
 
-from ssmscan.ops._triton.device import ARCHITECTURES
 
 # Of each operation what picks each of its configurations, with tiles of which nothing is masked and with others.
 SIZES = {
@@ -40,7 +38,7 @@ def _calls(case, dtype, size):
 
 def kernels(name, dtype, size, architecture):
     """What the operation launches there, each once: forward, backward and step."""
-    from ssmscan.bench.kernels import forward_and_backward, launches, step
+    from ssmscan.bench.kernels import forward_and_backward, launches
 
     case = NAMES[name]
     found = []

@@ -118,16 +118,12 @@ def copy_gbps(device: str) -> float:
     return 2 * source.nbytes / time_calls(lambda _: target.copy_(source), 1, device).median_ms / 1e6
 
 
-def host_us(function: Callable[[], object], calls: int = 20) -> float:
-    """Host time of one call in microseconds, the median over loops of ``calls`` between synchronisations.
-
-    So few that their launches, at most 50 each, fit into the device's queue: even a tiny call may keep the device for
-    longer than the host, which would then wait.
-    """
+def host_us(function: Callable[[], object], calls: int = 200) -> float:
+    """Host time of one call in microseconds, the median over loops of ``calls`` between synchronisations."""
     for _ in range(20):
         function()
     times = []
-    for _ in range(50):
+    for _ in range(7):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):

@@ -11,8 +11,9 @@ from ssmscan.ops._triton.launch import kernel, padded
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.selective_scan.configs import BackwardConfig
 
-# Elements that a program takes at a time.
+# Elements that a program takes at a time: of B and C; of the parts of dB and dC, and of so many of these at once.
 BLOCK = 2048
+SUMS, PARTS = 256, 8
 
 
 @kernel(do_not_specialize=["L"])
@@ -39,17 +40,19 @@ def interleave_states(
 @kernel(do_not_specialize=["L"])
 def separate_states(
     parts, dB, dC, L, n, groups, programs, blocks, REVERSE: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SUMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """dB and dC, (b, l, g, n), from the ``parts`` that programs of different channels have left, added in order."""
     E: tl.constexpr = 8 // CHANNELS
     owner = tl.program_id(0) // blocks
-    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) % blocks * SUMS + tl.arange(0, SUMS)
     size = tl.cdiv(L, 4) * (8 * N)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for program in range(programs):
-        part = parts + (owner.to(tl.int64) * programs + program) * size
-        total += tl.load(part + at, mask=at < size, other=0.0)
+    total = tl.zeros((SUMS,), tl.float32)
+    for first in range(0, programs, PARTS):
+        program = first + tl.arange(0, PARTS)
+        part = (owner.to(tl.int64) * programs + program) * size
+        mask = (program < programs)[:, None] & (at < size)[None, :]
+        total += tl.sum(tl.load(parts + part[:, None] + at[None, :], mask=mask, other=0.0), 0)
     # Four steps, E numbers, a quarter of the states, the channels side by side in a warp.
     step = at // (8 * N) * 4 + at % 4
     eighth = at // (N * E) % CHANNELS * E + at // 4 % E
@@ -91,10 +94,10 @@ def separate(
 ) -> None:
     """Write dB and dC, of this ``shape``, where they are given; ``parts`` is (b, g, programs, …)."""
     batch, l, groups, n = shape
-    blocks = -(-(-(-l // 4) * 8 * config.states) // BLOCK)
+    blocks = -(-(-(-l // 4) * 8 * config.states) // SUMS)
     separate_states.launch(
         (batch * groups * blocks, 1, 1), (parts, dB, dC), (l, n, groups, parts.shape[2], blocks),
-        (reverse, config.states, config.channels, BLOCK), 4,
+        (reverse, config.states, config.channels, SUMS, PARTS), 4,
     )  # fmt: skip
 
 

@@ -53,8 +53,8 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
     part, ddt_rev, dA_rev, dB_rev, dC_rev, _, _, dbias_rev, _ = cpu.backward(
         back, own_rev, None, ScanOptions(*bounds, True), wanted
     )
-    dx = total(dx, part)
-    assert dx is not None
+    assert dx is not None and part is not None
+    dx += part
     if shift and D is not None:
         dx.addcmul_(D.to(wide.dtype).view(x.shape[2], -1), dy)
         dD = (dy * wide).sum((0, 1) if D.dim() == 2 else (0, 1, 3)).to(D.dtype)
