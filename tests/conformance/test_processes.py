@@ -117,6 +117,7 @@ def _far_apart_both_ways(name, backend, device):
     _far_apart(name, backend, device, 1, 2**26, 37)
 
 
-@pytest.mark.grid(first=True, backends=("cpu", "triton"), spare=True)
+@pytest.mark.grid(first=True, backends=("triton",), spare=True)
 def test_more_than_int32_elements(case, backend, device, memory):
+    """On a device; ``test_far_apart.py`` does it on the CPU."""
     _in_fresh_process(_far_apart_both_ways, case.name, backend, device)
