@@ -199,9 +199,10 @@ def test_mlp(activation):
 
 
 def test_rms_norm():
-    """The statistics are taken in float32; the output has the weight's dtype, whatever that of the residual stream."""
+    """The statistics and the scale are in float32; the output has the module's dtype, whatever the residual stream's."""
     x = torch.randn(3, 4)
     norm = RMSNorm(4, eps=1e-6).bfloat16()
+    assert norm.weight.dtype is torch.float32
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert norm(x).dtype is norm(x.bfloat16()).dtype is torch.bfloat16
     torch.testing.assert_close(norm(x).double(), exact, rtol=4e-3, atol=0)

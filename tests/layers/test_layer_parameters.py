@@ -12,12 +12,12 @@ from ssmscan import layers
 
 WIDE = {
     "gated_ssm": {"decay_bias", "input_bias"},
-    "matrix_ssm": {"decay_bias"},
+    "matrix_ssm": {"decay_bias", "norm.weight"},
     "s4d": {"A_log", "A_imag", "C", "D", "log_dt"},
     "s4d_real": {"A_log", "C", "D", "log_dt"},
     "mamba": {"A_log", "D", "dt_proj.bias"},
-    "mamba2": {"A_log", "D", "dt_bias"},
-    "hydra": {"A_log", "D", "dt_bias"},
+    "mamba2": {"A_log", "D", "dt_bias", "norm.weight"},
+    "hydra": {"A_log", "D", "dt_bias", "norm.weight"},
     "rg_lru": {"a_param", "input_gate.bias", "recurrence_gate.bias"},
     "attention": set(),
 }

@@ -117,6 +117,7 @@ def test_rates_stay_float32(small_model, tmp_path, road, tokens):
     narrow = ROADS[road](model, tmp_path)
     dtypes = {name: p.dtype for name, p in narrow.named_parameters()}
     assert all(dtype is torch.float32 for name, dtype in dtypes.items() if name.endswith(WIDE))
+    assert all(dtype is torch.float32 for name, dtype in dtypes.items() if "norm" in name)
     rest = {dtype for name, dtype in dtypes.items() if not name.endswith(WIDE) and "norm" not in name}
     assert rest <= {torch.bfloat16, torch.float16}
     if road != "config":

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmscan.layers.parameters import WideParameters, wide
 from ssmscan.ops import gated_rms_norm
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(WideParameters):
     """Divide by the root mean square of the last axis, and scale.
 
     .. math:: y = \\frac{x}{\\sqrt{\\mathrm{mean}(x^2) + \\epsilon}} \\cdot weight
@@ -22,10 +23,10 @@ class RMSNorm(nn.Module):
     Args:
         d_model: the length m of the last axis.
         eps: added to the mean square. Default 1e-5.
-        device, dtype: of the weight; None is PyTorch's default.
+        device, dtype: of what the norm returns; None is PyTorch's default. The weight is float32 or wider always.
 
-    The forward takes x, (..., m), and returns y in its shape and in the weight's dtype, which is that of the layers
-    after it where the residual stream is wider. It computes in float32 or wider.
+    The forward takes x, (..., m), and returns y in its shape and in the dtype that the module was made in or converted
+    to, which is that of the layers after it where the residual stream is wider. It computes in float32 or wider.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 
@@ -36,6 +37,10 @@ class RMSNorm(nn.Module):
         [1.0, 1.0]
     """
 
+    _keep_wide = ("weight",)
+    _no_weight_decay = ("weight",)
+    like: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -45,7 +50,9 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(d_model, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(d_model, device=device, dtype=wide(dtype)))
+        # Goes through every conversion of the module, as the weight does not.
+        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,9 +60,9 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
-        return y.to(self.weight.dtype)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return y.to(self.like.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -69,7 +76,7 @@ class GatedRMSNorm(RMSNorm):
         eps: added to the mean square. Default 1e-5.
         groups: how many groups of channels have a mean of their own. Default 1.
         norm_before_gate: whether the gate comes after the norm. Default False.
-        device, dtype: of the weight.
+        device, dtype: as of :class:`RMSNorm`.
 
     The forward takes x and z, (..., d), and returns y in x's shape and dtype.
     """

@@ -53,7 +53,8 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
     part, ddt_rev, dA_rev, dB_rev, dC_rev, _, _, dbias_rev, _ = cpu.backward(
         back, own_rev, None, ScanOptions(*bounds, True), wanted
     )
-    assert dx is not None and part is not None
+    assert dx is not None
+    assert part is not None
     dx += part
     if shift and D is not None:
         dx.addcmul_(D.to(wide.dtype).view(x.shape[2], -1), dy)
