@@ -199,7 +199,7 @@ def test_mlp(activation):
 
 
 def test_rms_norm():
-    """The statistics and the scale are in float32; the output has the module's dtype, whatever the residual stream's."""
+    """Statistics and scale are in float32; the output has the module's dtype, whatever the residual stream has."""
     x = torch.randn(3, 4)
     norm = RMSNorm(4, eps=1e-6).bfloat16()
     assert norm.weight.dtype is torch.float32
