@@ -30,6 +30,7 @@ class ModelConfig:
         intermediate_size: width of the gated MLP behind each mixer; 0 is no MLP (channels).
         norm_eps: added to the mean square in every norm.
         tie_word_embeddings: the head's weight is the embedding's.
+        initializer_range: standard deviation of the embedding at the start.
     """
 
     mixers: str | list[str] = field(default_factory=lambda: ["gated_ssm", "gated_ssm"])
@@ -39,6 +40,7 @@ class ModelConfig:
     intermediate_size: int = 0
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
         if self.layers is not None:
