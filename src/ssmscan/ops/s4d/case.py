@@ -56,7 +56,7 @@ def _step(*, mode="conv", **arguments):
 
 REAL = Option("real", TENSORS, RECURRENT)
 COMPLEX = Option("complex, no D", TENSORS[:-1], RECURRENT, inputs=_complex)
-# An FFT spreads rounding errors over all tokens. It is PyTorch's on every device, also for packed sequences.
+# An FFT spreads rounding errors over all tokens. It is PyTorch's on every device, packed sequences' chunks too.
 CONV = Option("conv, complex", TENSORS, {"mode": "conv"}, inputs=_complex, lacks=("causal",), backends=("torch",))
 
 CASE = OpCase(

@@ -3,7 +3,7 @@
 There is room for as many chunks as packed sequences can need, whatever their lengths, so nothing is read on the host.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,18 +11,19 @@ from torch import Tensor
 from ssmscan.ops.s4d.system import CHUNK
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """The chunks of s sequences in scan order."""
 
     begin: Tensor  # the first chunk of each sequence, (s,)
     chunks: Tensor  # how many it has, (s,)
     length: Tensor  # its tokens, (s,)
     sequence: Tensor  # whose each token is, (l,)
-    place: Tensor  # and the how manieth there in scan order, (l,)
+    place: Tensor  # the number of tokens before it there, in scan order, (l,)
     rows: int  # chunks that there is room for
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Which chunks are a sequence's first, and whose each is, both (rows,); what is left over is not read."""
+        """Which chunks are a sequence's first, and whose each is, both (rows,). Of those left over nothing is read."""
         row = torch.arange(self.rows, device=self.begin.device)
         owner = torch.searchsorted(self.begin + self.chunks, row, right=True).clamp(max=self.begin.shape[0] - 1)
         return row == self.begin[owner], owner

@@ -1,9 +1,9 @@
 """Both modes in plain PyTorch, differentiable any number of times, on any device.
 
 In chunks of 64 steps the scan is matrix products for all chunks at once, and a recurrence over the chunks' states. By
-FFT what the inputs drive is computed from a zero state, and what the initial state leaves behind is added. At most n/64
-times the input's size is stored, never (b, l, d, n). Packed sequences always go by chunks: their lengths are not
-known on the host, and an FFT would mix them.
+FFT what the inputs drive is computed from a zero state, and what the initial state leaves behind is added to it. At
+most n/64 times the input's size is stored, never (b, l, d, n). Packed sequences always go by chunks: their lengths are
+not known on the host, and an FFT would mix them.
 """
 
 import torch

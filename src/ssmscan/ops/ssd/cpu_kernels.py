@@ -8,7 +8,7 @@ the state that enters a chunk, n by p as in all buffers here, and g the adjoint 
     dC_i = Σ_j w_ij Δ_j (dy_i·x_j) B_j + e_i dy_i h,    dB_j = Δ_j (Σ_i w_ij (dy_i·x_j) C_i + l_j x_j g),
     dlog_a_t = what flows from tokens before t to those from t on.
 
-A chunk belongs to one sequence, and is shorter where decays above 1 would make some w_ij overflow: it would be times 0
+A chunk belongs to one sequence, and ends early where decays above 1 would make some w_ij overflow: infinity times 0
 where the recurrence has a state of 0. Inner loops run over whole rows, beyond the tokens and channels that there are;
 what lies there is never a term of a sum, so it may be a NaN of another sequence.
 """
