@@ -1,10 +1,14 @@
 """What holds for all tests: without a GPU, Triton's kernels run on the CPU by interpretation."""
 
 import inspect
+import multiprocessing
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -65,6 +69,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process in which Triton compiles, and does not interpret."""
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        executor.submit(int).result()
+    with executor:
+        yield lambda function, *arguments: executor.submit(function, *arguments).result()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
