@@ -3,6 +3,7 @@
 import inspect
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -62,6 +63,9 @@ elif find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"
     _quicken_interpreter()
     _round_in_interpreter()
+
+# A shell's background processes ignore SIGINT, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same few examples in every run; `--hypothesis-profile=explore` looks for new ones, and shrinks what fails.
 hypothesis.settings.register_profile(

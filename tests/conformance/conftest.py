@@ -13,7 +13,7 @@ nothing is said, leaves all of them to the GPU; "first" takes a few rows of the 
 argument occurs; "values" takes such rows of all options.
 
 Of a heavy operation only "values" asks for any; where it is not asked for, other options than the first are slow on all
-backends, and with ``spare`` all rows are.
+backends, and with ``spare`` all rows are. With ``costly`` every operation is heavy.
 """
 
 import tempfile
@@ -97,12 +97,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("grid")
     names = [name for name in AXES if name in metafunc.fixturenames]
     wanted = dict(marker.kwargs) if marker else {}
-    interpret, spare = wanted.pop("interpret", "none"), wanted.pop("spare", False)
+    interpret = wanted.pop("interpret", "none")
+    spare, costly = wanted.pop("spare", False), wanted.pop("costly", False)
     # One row for each combination of what the test takes.
     rows = {tuple(_label(name, row[name]) for name in names): row for row in _rows(set(names), **wanted)}
     interpreted = {labels for case in CASES for labels in _quick(rows, case, interpret)}
     quick = {
-        labels: not _is_heavy(row, interpret, spare) and (labels in interpreted or not _is_interpreted(row))
+        labels: not _is_heavy(row, interpret, spare, costly) and (labels in interpreted or not _is_interpreted(row))
         for labels, row in rows.items()
     }
     metafunc.parametrize(
@@ -124,10 +125,10 @@ def _marks(row: Row, quick: bool) -> list[pytest.MarkDecorator]:
     return [] if quick else [pytest.mark.slow]
 
 
-def _is_heavy(row: Row, interpret: str, spare: bool) -> bool:
+def _is_heavy(row: Row, interpret: str, spare: bool, costly: bool) -> bool:
     """Whether a row is slow on any backend."""
     case = row["case"]
-    if not case.heavy or row["backend"] == "reference":
+    if not (case.heavy or costly) or row["backend"] == "reference":
         return False
     return spare or (interpret != "values" and row["option"] is not case.options[0])
 

@@ -22,14 +22,21 @@ def _values(name, backend, device, seed=0):
     return {name: value.cpu() for name, value in values.items()}
 
 
-def _in_fresh_process(function, *arguments):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result(timeout=300)
+def _spawned():
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+@pytest.fixture(scope="module")
+def fresh_process():
+    """One for all operations: starting it takes longer than what they do."""
+    with _spawned() as pool:
+        yield pool
 
 
 @pytest.mark.grid(first=True, backends=("cpu", "triton"))
-def test_fresh_process(case, backend, device):
-    assert_same_bits(_in_fresh_process(_values, case.name, backend, device), _values(case.name, backend, device))
+def test_fresh_process(case, backend, device, fresh_process):
+    values = fresh_process.submit(_values, case.name, backend, device).result(timeout=300)
+    assert_same_bits(values, _values(case.name, backend, device))
 
 
 # Triton's interpreter patches its language module while a kernel runs: one thread at a time.
@@ -120,4 +127,5 @@ def _far_apart_both_ways(name, backend, device):
 @pytest.mark.grid(first=True, backends=("triton",), spare=True)
 def test_more_than_int32_elements(case, backend, device, memory):
     """On a device; ``test_far_apart.py`` does it on the CPU."""
-    _in_fresh_process(_far_apart_both_ways, case.name, backend, device)
+    with _spawned() as pool:
+        pool.submit(_far_apart_both_ways, case.name, backend, device).result(timeout=300)

@@ -89,7 +89,7 @@ def _check_compiled(case, option, backend, device, setting, size, lengths):
     assert len(compilations) == 1
 
 
-@pytest.mark.grid(backends=("cpu", "triton"), settings=(PLAIN, PACKED))
+@pytest.mark.grid(backends=("cpu", "triton"), settings=(PLAIN, PACKED), costly=True)
 def test_compile(case, option, backend, device, setting, size):
     _check_compiled(case, option, backend, device, setting, size, (19, 24))
 

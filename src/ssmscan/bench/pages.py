@@ -42,9 +42,10 @@ def short(results: Sequence[Result], others: Mapping[str, Sequence[Other]]) -> s
 def full(
     results: Sequence[Result], others: Mapping[str, Sequence[Other]], models: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> str:
-    """All results, machine by machine: operations, the others' times, the host's time, models, and pictures."""
+    """All results, README's machine first: operations, the others' times, the host's time, models, and pictures."""
     parts = []
-    for gpu in sorted({result.gpu for result in results}, key=lambda name: (name == "cpu", name)):
+    first = machine_of(results, others)
+    for gpu in sorted({result.gpu for result in results}, key=lambda name: (name != first, name == "cpu", name)):
         here = [result for result in results if result.gpu == gpu]
         parts += [f"## {gpu.upper()}", _operations(here), "\n".join(f"- {r.op}: {origin(r)}." for r in here)]
         compared = [pair for pair in pairs(here, others.get(gpu, ())) if pair.best]
