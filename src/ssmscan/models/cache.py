@@ -90,7 +90,7 @@ class SSMCache(Cache):
         max_length: tokens of a sequence that attention has room for at first; None is a few. The room grows.
     """
 
-    layers: list[SSMCacheLayer]  # type: ignore[assignment]
+    layers: list[SSMCacheLayer]
 
     def __init__(self, mixers: Iterable[Mixer], batch_size: int, max_length: int | None = None) -> None:
         super().__init__(layers=[SSMCacheLayer(mixer, batch_size, max_length) for mixer in mixers])

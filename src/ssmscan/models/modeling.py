@@ -296,7 +296,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> Any:
         """Begin with our cache, so that a long prompt can be read in chunks."""
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
+        super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:

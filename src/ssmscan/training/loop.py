@@ -59,7 +59,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
     """
     device = _device(config)
     config, model = _prepare(config)
-    model.to(device).train()  # type: ignore[arg-type]
+    model.to(device).train()
     task, optimizer = config.task, make_optimizer(model, config.optim)
     with claimed(config, resume) as folder:
         step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)

@@ -79,7 +79,7 @@ def load_pretrained(
         model.generation_config = GenerationConfig.from_dict(generation)
         # The special tokens are fields of both configs.
         model.generation_config.update(**fields)
-    return model.to(device=device, dtype=dtype).eval()  # type: ignore[call-arg]
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def _tie(weights: dict[str, Tensor]) -> None:
