@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint gpu bench
+.PHONY: demo test slow oldest lint gpu bench
 
 demo: $(VENV)/installed
 	$(BIN)/ssmscan train --config recipes/demo.yaml
@@ -14,6 +14,11 @@ test: $(VENV)/installed
 # What takes too long for `make test`.
 slow: $(VENV)/installed
 	$(BIN)/pytest -n auto -m "slow and not gpu"
+
+# The models on the oldest transformers that they support, which is put beside the environment and not into it.
+oldest: $(VENV)/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .oldest transformers==5.17.0 "huggingface_hub<2" httpx httpcore certifi
+	PYTHONPATH=.oldest $(BIN)/pytest -n auto -m "not gpu and not slow" tests/models
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
