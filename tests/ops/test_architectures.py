@@ -67,13 +67,14 @@ def _excess(name, dtype, size, architecture, packed=True, like=""):
         ("ssd", torch.bfloat16, 256, "_gradients", 89, 3),
         ("ssd", torch.float32, 128, "_gradients", 80, 3),
         ("ssd", torch.float32, 256, "state_gradients", 120, 1),
+        ("ssd_bidirectional", torch.bfloat16, 128, "pair_gradients", 86, 3),
         ("s4d", torch.float32, 64, "walk", 80, 8),
         ("s4d", torch.bfloat16, 64, "walk", 120, 8),
     ],
 )
 def test_largest(name, dtype, n, like, architecture, count, compiler):
     """Those that once took more than the GPU has."""
-    size = {"ssd": {"h": 2, "p": 64, "g": 1}, "s4d": {"d": 4}}[name]
+    size = {"d": 4} if name == "s4d" else {"h": 2, "p": 64, "g": 1}
     assert compiler(_excess, name, dtype, {**size, "n": n}, architecture, False, like) == ([], count)
 
 
@@ -84,3 +85,19 @@ def test_largest(name, dtype, n, like, architecture, count, compiler):
 def test_all(name, size, dtype, architecture, compiler):
     excess, count = compiler(_excess, name, dtype, size, architecture, size is SIZES[name][0])
     assert (excess, count > 1) == ([], True)
+
+
+@pytest.mark.parametrize(
+    ("n", "backward", "architecture", "error", "message"),
+    [
+        (512, True, 86, RuntimeError, "need a GPU with 180224 bytes of shared memory for a block, got 101376"),
+        (1000, False, 90, NotImplementedError, "B must have at most 512 states n of torch.bfloat16 on a GPU, got 1000"),
+    ],
+)
+def test_more_states_than_fit(n, backward, architecture, error, message, monkeypatch):
+    from ssmscan.ops._triton import device
+    from ssmscan.ops.ssd.configs import tiles_for
+
+    monkeypatch.setattr(device, "shared_memory", lambda _: device.ARCHITECTURES[architecture].shared)
+    with pytest.raises(error, match=f'^ssd: .*{message}. Use backend="torch".'):
+        tiles_for(torch.empty(1, 1, 1, 64, dtype=torch.bfloat16), n, backward)

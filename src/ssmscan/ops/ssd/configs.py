@@ -55,19 +55,23 @@ _WALK = {
     (True, False): Config(4, 1),
 }
 # Of these the first that the device has the memory for, by whether the products are precise and by the most states.
-# What is taken is that of an A100 and of consumer GPUs; where matrix products read their operands from shared memory,
-# as on an H100 and a B200, it is up to half as much again, and there is room. Tiles of eight columns for each of the
-# warps that share a product are not for bfloat16: Triton 3.6 reads past them.
+# What is taken is the most on an A100 and on consumer GPUs, that with the shift of ssd_bidirectional. Where matrix
+# products read their operands from shared memory, as on an H100 and a B200, it is up to half as much again, and there
+# is room. Tiles of eight columns for each of the warps that share a product are not for bfloat16: Triton 3.6 reads past
+# them.
 _FORWARD = {
     False: {256: [Choice(87_044, 64)], 512: [Choice(156_676, 64)]},
     True: {512: [Choice(65_536, 32)], 1024: [Choice(131_072, 32)]},
 }
 _BACKWARD = {
     False: {
-        64: [Choice(92_680, 64, 8192, Config(8, 3), Config(4, 3))],
+        64: [
+            Choice(109_064, 64, 8192, Config(8, 3), Config(4, 3)),
+            Choice(75_264, 64, 8192, Config(8, 2), Config(4, 2)),
+        ],
         128: [
-            Choice(141_832, 64, 8192, Config(8, 3), Config(4, 3)),
-            Choice(91_396, 64, 8192, Config(8, 2), Config(4, 3)),
+            Choice(158_216, 64, 8192, Config(8, 3), Config(4, 3)),
+            Choice(99_588, 64, 8192, Config(8, 2), Config(4, 2)),
         ],
         256: [
             Choice(114_688, 64, 8192, Config(8, 1), Config(4, 1)),
