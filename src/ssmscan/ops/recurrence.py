@@ -69,7 +69,7 @@ def scan(m: Tensor, k: Tensor | None, u: Tensor, start: Tensor | None, h: Tensor
     """
     l = u.shape[1]
     # A compiled graph with fewer steps would serve one length alone.
-    size = CHUNK if l > CHUNK or torch.compiler.is_compiling() else l
+    size = CHUNK if torch.compiler.is_compiling() else min(CHUNK, l)
     n = (l + size - 1) // size
     pad = n * size - l
 
@@ -118,7 +118,7 @@ def scan(m: Tensor, k: Tensor | None, u: Tensor, start: Tensor | None, h: Tensor
 
 def _product(m: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor]:
     """The products of the 16 steps on the third axis."""
-    # Those of four are taken as they are: scaling each decay by itself would cost as much as all the rest.
+    # Those of four are taken as they are, for decays up to 4e9: to scale each one would cost as much as all the rest.
     fours, more = _scaled(_multiply(m.unflatten(2, (4, 4)), 3))
     more = more.sum(2)
     product, most = _scaled(_multiply(fours, 2))
