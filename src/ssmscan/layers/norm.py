@@ -39,7 +39,6 @@ class RMSNorm(WideParameters):
 
     _keep_wide = ("weight",)
     _no_weight_decay = ("weight",)
-    like: Tensor
 
     def __init__(
         self,
@@ -51,18 +50,22 @@ class RMSNorm(WideParameters):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(d_model, device=device, dtype=wide(dtype)))
-        # Goes through every conversion of the module, as the weight does not.
-        self.register_buffer("like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A scale of 1."""
         nn.init.ones_(self.weight)
 
+    def _apply(self, fn, recurse=True):
+        # What the module returns follows every conversion, as the weight does not.
+        self.dtype = fn(torch.empty(0, device="cpu", dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-        return y.to(self.like.dtype)
+        return y.to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
