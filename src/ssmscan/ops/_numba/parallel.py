@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, main_thread
 
 import torch
 
@@ -89,7 +89,8 @@ if hasattr(os, "register_at_fork"):
 def run(kernel: Callable[..., None], parts: Sequence[tuple[int, ...]], *arguments: object) -> None:
     """Call ``kernel(*arguments, *part)`` for every part, on as many threads as PyTorch uses."""
     threads = min(torch.get_num_threads(), len(parts))
-    if threads <= 1:
+    # After the main thread's end Python may stop at any moment, and a helper that it stops in a kernel aborts it all.
+    if threads <= 1 or not main_thread().is_alive():
         for part in parts:
             kernel(*arguments, *part)
         return
