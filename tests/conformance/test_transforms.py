@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from recorder import Recorder
 from ssmscan.testing import (
     PLAIN,
     Setting,
@@ -21,19 +21,6 @@ H0 = Setting("h0", h0=True)
 PACKED = Setting("packed reverse", h0=True, reverse=True, lengths=(0, 1, 17))
 
 
-class _Recorder(TorchDispatchMode):
-    """Collects the calls of the library's own operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.namespace == "ssmscan":
-            self.calls.append((function, arguments, keywords or {}))
-        return function(*arguments, **(keywords or {}))
-
-
 @pytest.mark.grid(first=True, backends=("cpu", "triton"), settings=(PLAIN, PACKED))
 def test_registered_operators(case, option, backend, device, setting, size):
     """Schema, autograd registration, fake tensors and dynamic shapes of each operator that a call goes through.
@@ -41,7 +28,7 @@ def test_registered_operators(case, option, backend, device, setting, size):
     In bfloat16, where states have another dtype than x.
     """
     call = case.call(option, size, setting).cast(torch.bfloat16, device)
-    recorder = _Recorder()
+    recorder = Recorder()
     with recorder:
         call.differentiate(backend)
     assert recorder.calls, "no registered operator was called"
@@ -204,7 +191,7 @@ def test_transforms_of_functions_are_refused(case, option, backend, device):
 def test_eager_mode_spares_the_dispatcher(case, option, backend, device, size):
     """Gradients are the same bits whether a mode watches, so that operators run, or not."""
     call = case.call(option, size, PLAIN).cast(torch.float32, device)
-    recorder = _Recorder()
+    recorder = Recorder()
     with recorder:
         watched = call.differentiate(backend)
     assert {function.overloadpacket._qualified_op_name.split("::")[1] for function, *_ in recorder.calls} >= {

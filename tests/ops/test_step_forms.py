@@ -3,8 +3,8 @@
 import pytest
 import torch
 from step_table import ALL, CASES, FIRST, LINEAR_SCAN, each, narrow, one_token, some_tokens, wide
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from recorder import Recorder
 from ssmscan.ops import decoding
 from ssmscan.testing import same_bits
 
@@ -94,28 +94,15 @@ def test_a_saved_state_is_missed(case, device):
         case.step(**given, **case.options[0].keywords, h=h.clone())
 
 
-class _Recorder(TorchDispatchMode):
-    """Collects the arguments of the library's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.namespace == "ssmscan":
-            self.calls.append((function, arguments))
-        return function(*arguments, **(keywords or {}))
-
-
 @FIRST
 def test_registered_operator(case, device):
     given, _, pool, keywords = _form(case, case.options[0], FORMS[0], device)
     recorded = pool.clone()
     y = case.step(**given, **keywords, h=pool)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         assert same_bits(case.step(**given, **keywords, h=recorded), y)
     assert same_bits(recorded, pool)
-    ((operator, arguments),) = recorder.calls
+    ((operator, arguments, _),) = recorder.calls
     torch.library.opcheck(operator, tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in arguments))
 
 

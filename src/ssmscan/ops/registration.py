@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ssmscan.backend import INTERPRET
-from ssmscan.shapes import PLAIN_TYPES, error
+from ssmscan.shapes import PLAIN_TYPES, error, state_dtype
 
 LIBRARY = torch.library.Library("ssmscan", "FRAGMENT")
 MODULES = {
@@ -243,6 +243,23 @@ def _like(tensor: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     if gradient is None or tensor is None or gradient.dtype is tensor.dtype:
         return gradient
     return gradient.to(tensor.dtype)
+
+
+def like_x(inputs: Any, options: Any) -> tuple[Tensor, Tensor]:
+    """The ``outputs`` of an operation whose state is a token of x; its last inputs are h0 and the packed sequences."""
+    x, h0 = inputs.x, inputs.h0
+    s = x.shape[0] if h0 is None else h0.shape[0]
+    return x.new_empty(x.shape), x.new_empty(s, *x.shape[2:], dtype=state_dtype(*inputs[:-1]))
+
+
+def states_every(span: int) -> Callable[[Any, Any, Tensor], Tensor]:
+    """What such an operation has ``saved``: the state before every so many steps."""
+
+    def saved(inputs: Any, options: Any, h: Tensor) -> Tensor:
+        batch, l = inputs.x.shape[:2]
+        return h.new_empty(batch, (l + span - 1) // span, *inputs.x.shape[2:])
+
+    return saved
 
 
 def loader(package: str) -> Callable[[str, str], Callable[..., Any]]:

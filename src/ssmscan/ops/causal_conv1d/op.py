@@ -94,7 +94,7 @@ def _run(inputs: Inputs, options: Options, implementation: str) -> tuple[Tensor,
     if implementation == "reference":
         return reference.causal_conv1d(*inputs, *options)
     if implementation == "torch":
-        return plain.causal_conv1d(*inputs, *options)
+        return plain.causal_conv1d(inputs, options)
     return autograd.causal_conv1d(inputs, options, implementation)
 
 

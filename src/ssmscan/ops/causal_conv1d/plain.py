@@ -8,19 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    bounds: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, weight, bias, h0, sequence, bounds = inputs
+    silu, reverse = options
     batch, l, d = x.shape
     w = weight.shape[1]
     dtype = state_dtype(x, weight, bias, h0)
@@ -31,9 +25,9 @@ def causal_conv1d(
     taps = weight.to(dtype).t()
     if reverse:
         taps, h = taps.flip(0), h.flip(1)
-    inputs = x.to(dtype)
+    wide = x.to(dtype)
     if sequence is None or bounds is None:
-        extended = torch.cat([inputs, h] if reverse else [h, inputs], 1)
+        extended = torch.cat([wide, h] if reverse else [h, wide], 1)
         final = extended[:, : w - 1] if reverse else extended[:, l:]
     else:
         shift = torch.arange(s, device=x.device) * (w - 1)
@@ -41,7 +35,7 @@ def causal_conv1d(
         first, last = ((side + shift)[:, None] + rows for side in (bounds[:-1], bounds[1:]))
         # The output of a token stands where the earliest of its inputs does.
         outputs = torch.arange(l, device=x.device) + sequence * (w - 1)
-        extended = torch.cat([inputs[0], h.flatten(0, 1)])
+        extended = torch.cat([wide[0], h.flatten(0, 1)])
         source = outputs.new_empty(l + s * (w - 1))
         source[outputs if reverse else outputs + w - 1] = torch.arange(l, device=x.device)
         source[(last if reverse else first).flatten()] = torch.arange(s * (w - 1), device=x.device) + l

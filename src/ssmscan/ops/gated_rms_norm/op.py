@@ -86,5 +86,5 @@ def gated_rms_norm(
     if implementation == "reference":
         return reference.gated_rms_norm(*inputs, *options)
     if implementation == "torch":
-        return plain.gated_rms_norm(*inputs, *options)
+        return plain.gated_rms_norm(inputs, options)
     return autograd.gated_rms_norm(inputs, options, implementation)

@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-def gated_rms_norm(
-    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool
-) -> Tensor:
+def gated_rms_norm(inputs: Inputs, options: Options) -> Tensor:
+    x, weight, z = inputs
+    eps, size, norm_before_gate = options
     if x.numel() == 0:
         return x * 1
     dtype = state_dtype(x, weight, z)

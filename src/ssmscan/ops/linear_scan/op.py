@@ -74,7 +74,7 @@ def linear_scan(
     if implementation == "reference":
         return reference.linear_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.linear_scan(*inputs, *options)
+        return plain.linear_scan(inputs, options)
     return autograd.linear_scan(inputs, options, implementation)
 
 

@@ -2,20 +2,14 @@
 
 from torch import Tensor
 
+from ssmscan.ops.linear_scan.autograd import Inputs, Options
 from ssmscan.ops.recurrence import recurrence
 from ssmscan.shapes import state_dtype
 
 
-def linear_scan(
-    x: Tensor,
-    decay: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    log: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def linear_scan(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, decay, b, c, h0, sequence = inputs
+    log, reverse = options
     batch, _, d = x.shape
     dtype = state_dtype(x, decay, b, c, h0)
     h = x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype)

@@ -79,7 +79,7 @@ def matrix_scan(
     if implementation == "reference":
         return reference.matrix_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.matrix_scan(*inputs, *options)
+        return plain.matrix_scan(inputs, options)
     return autograd.matrix_scan(inputs, options, implementation)
 
 

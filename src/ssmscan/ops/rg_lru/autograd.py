@@ -1,11 +1,10 @@
-"""The registered operators of rg_lru: what it takes, and the shapes of what it returns."""
+"""The registered operators of rg_lru: what it takes; what it returns has the shapes of x."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ssmscan.ops.registration import Operator, define_step
-from ssmscan.shapes import state_dtype
+from ssmscan.ops.registration import Operator, define_step, like_x, states_every
 
 # Steps between two of the states that the forward saves for the backward.
 SPAN = 16
@@ -25,18 +24,7 @@ class Options(NamedTuple):
     scale_first: bool
 
 
-def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    batch, l, d = inputs.x.shape
-    s = batch if inputs.h0 is None else inputs.h0.shape[0]
-    return inputs.x.new_empty(batch, l, d), inputs.x.new_empty(s, d, dtype=state_dtype(*inputs[:5]))
-
-
-def _saved(inputs: Inputs, options: Options, h: Tensor) -> Tensor:
-    batch, l, d = inputs.x.shape
-    return h.new_empty(batch, (l + SPAN - 1) // SPAN, d)
-
-
-rg_lru = Operator("rg_lru", Inputs, Options, _outputs, _saved, constants=1)
+rg_lru = Operator("rg_lru", Inputs, Options, like_x, states_every(SPAN), constants=1)
 rg_lru_step = define_step(
     "rg_lru_step(Tensor x, Tensor input_gate, Tensor recurrence_gate, Tensor a_param, Tensor(a!) h, "
     "Tensor? state_indices) -> Tensor",

@@ -82,7 +82,7 @@ def rg_lru(
     if implementation == "reference":
         return reference.rg_lru(*inputs, *options)
     if implementation == "torch":
-        return plain.rg_lru(*inputs, *options)
+        return plain.rg_lru(inputs, options)
     return autograd.rg_lru(inputs, options, implementation)
 
 

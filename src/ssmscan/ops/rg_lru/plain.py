@@ -7,22 +7,16 @@ from torch import Tensor
 from ssmscan.ops.decoding import advance
 from ssmscan.ops.packing import first_tokens
 from ssmscan.ops.recurrence import recurrence
+from ssmscan.ops.rg_lru.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 # The largest derivative of √(1 − a²) in log a.
 BOUND = 1000.0
 
 
-def rg_lru(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrence_gate: Tensor,
-    a_param: Tensor,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    reverse: bool,
-    scale_first: bool,
-) -> tuple[Tensor, Tensor]:
+def rg_lru(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, input_gate, recurrence_gate, a_param, h0, sequence = inputs
+    reverse, scale_first = options
     batch, _, d = x.shape
     dtype = state_dtype(x, input_gate, recurrence_gate, a_param, h0)
     h = x.new_zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype)

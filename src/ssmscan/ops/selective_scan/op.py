@@ -87,7 +87,7 @@ def selective_scan(
     if implementation == "reference":
         return reference.selective_scan(*inputs, *options)
     if implementation == "torch":
-        return plain.selective_scan(*inputs, *options)
+        return plain.selective_scan(inputs, options)
     return autograd.selective_scan(inputs, options, implementation)
 
 

@@ -8,23 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.recurrence import recurrence
+from ssmscan.ops.selective_scan.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 
-def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, reverse = options
     batch, l, d = x.shape
     g, n = B.shape[2:]
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)

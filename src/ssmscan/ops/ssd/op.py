@@ -94,7 +94,7 @@ def ssd(
     if implementation == "torch":
         # Autocast would round the matrix products to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return plain.ssd(*inputs, *options)
+            return plain.ssd(inputs, options)
     return autograd.ssd(inputs, options, implementation)
 
 

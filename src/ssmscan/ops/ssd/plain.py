@@ -15,27 +15,15 @@ from torch import Tensor
 from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
 from ssmscan.ops.recurrence import carry, scaled_exp
+from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
 CHUNK = 64
 
 
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    sequence: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def ssd(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
+    softplus, low, high, reverse = options
     batch, l, heads, p = x.shape
     groups, n = B.shape[2:]
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.packing import first_tokens
+from ssmscan.ops.ssd.autograd import Options as ScanOptions
 from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
 from ssmscan.ops.ssd.bidirectional.directions import directions
 from ssmscan.ops.ssd.plain import ssd
@@ -16,8 +17,8 @@ def ssd_bidirectional(inputs: Inputs, options: Options) -> Tensor:
     wide = x.to(state_dtype(*inputs[:11]))
     forth, back = (scan._replace(x=wide) for scan in directions(inputs))
     bounds = options[:3]
-    forward, _ = ssd(*(forth._replace(D=None) if options.shift else forth), *bounds, False)
-    backward, _ = ssd(*back, *bounds, True)
+    forward, _ = ssd(forth._replace(D=None) if options.shift else forth, ScanOptions(*bounds, False))
+    backward, _ = ssd(back, ScanOptions(*bounds, True))
     if options.shift:
         y = after(forward, sequence, False) + after(backward, sequence, True)
         y = y if D is None else y + D.to(wide.dtype).view(x.shape[2], -1) * wide
