@@ -68,6 +68,10 @@ class Text(Task):
         return len(self.characters)
 
     @property
+    def example_length(self) -> int:
+        return self.length
+
+    @property
     def title(self) -> str:
         return f"characters of {Path(self.data).name}, {self.length} at a time"
 

@@ -69,7 +69,10 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
             busy, seen = 0.0, 0
             while step < config.steps:
                 started = time.perf_counter()
-                tokens, targets = task.batch(config.batch_size, config.seed, step, "train").to(device)
+                tokens, targets, _ = (
+                    part if part is None else part.to(device)
+                    for part in task.batch(config.batch_size, config.seed, step, "train")
+                )
                 rate = learning_rate(step, config.steps, config.optim)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -155,12 +158,15 @@ def evaluate(model: SSMForCausalLM, config: TrainConfig, step: int, device: torc
     totals: defaultdict[str, float] = defaultdict(float)
     answers: defaultdict[str, int] = defaultdict(int)
     for i, size in enumerate(sizes):
-        tokens, targets = config.task.batch(size, config.seed, step * len(sizes) + i, "eval").to(device)
+        tokens, targets, _ = (
+            part if part is None else part.to(device)
+            for part in config.task.batch(size, config.seed, step * len(sizes) + i, "eval")
+        )
         with _autocast(config, device):
             logits = model(tokens, use_cache=False).logits
         for name, measure in config.task.measure(logits, targets).items():
-            totals[name] += measure.total
-            answers[name] += measure.answers
+            totals[name] += measure.total.item()
+            answers[name] += int(measure.answers.item())
     model.train()
     return {name: totals[name] / answers[name] for name in totals}
 
@@ -182,6 +188,8 @@ def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 def _example(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> str:
     """A fresh example with the model's answer, as a person would read it."""
     # An index that no evaluation reaches.
-    tokens, targets = config.task.batch(1, config.seed, 2**63, "eval").to(device)
+    tokens, targets, _ = (
+        part if part is None else part.to(device) for part in config.task.batch(1, config.seed, 2**63, "eval")
+    )
     predictions = model(tokens, use_cache=False).logits.argmax(-1)
     return config.task.render(tokens[0].cpu(), targets[0].cpu(), predictions[0].cpu())
