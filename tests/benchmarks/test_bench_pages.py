@@ -60,9 +60,7 @@ def test_full(result):
     assert "- linear_scan: 2026-01-02, commit abc, torch 2.11.0, triton 3.6.0, copy limit 4270 GB/s." in text
     assert "| `linear_scan` | 30 | 242 | 32 | 210 | 0.9 / 1.2 |" in text
     assert "2.00 / 3.00 | quick |" in text
-    assert (
-        "| mamba2-130m | 8 × 2048 | eager | 153,000 | 107 ms | 102 ms | 12.3 GiB | 2026-01-02, abc |" in text
-    )
+    assert "| mamba2-130m | 8 × 2048 | eager | 153,000 | 107 ms | 102 ms | 12.3 GiB | 2026-01-02, abc |" in text
 
 
 def test_the_best_of_the_others_is_one_of_them(result):
