@@ -11,7 +11,7 @@ TASKS = (Copying, SelectiveCopying)
 @pytest.mark.parametrize("task_class", TASKS)
 def test_an_example(task_class):
     task = task_class(symbols=5, data_tokens=3, length=10)
-    tokens, targets = task.batch(64, seed=0, index=0, split="train")
+    tokens, targets, _ = task.batch(64, seed=0, index=0, split="train")
     assert tokens.shape == targets.shape == (64, 13)
     assert tokens.dtype == targets.dtype == torch.int64
     assert task.vocab_size == 7

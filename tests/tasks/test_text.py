@@ -31,7 +31,7 @@ def test_the_vocabulary(task):
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_pieces(task, split):
-    tokens, targets = task.batch(50, seed=0, index=3, split=split)
+    tokens, targets, _ = task.batch(50, seed=0, index=3, split=split)
     assert tokens.shape == targets.shape == (50, 20)
     assert tokens.dtype == targets.dtype == torch.int64
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
@@ -51,7 +51,7 @@ def test_the_end_is_held_out(task):
 def test_pieces_begin_anywhere(task):
     """At the first place and at the last one too, each as often: the digits at either end are a tenth."""
     part = task.parts["eval"]
-    tokens, targets = task.batch(40_000, 0, 0, "eval")
+    tokens, targets, _ = task.batch(40_000, 0, 0, "eval")
     pieces = torch.cat([tokens[:, :1], targets], 1)
     for end in (part[:21], part[-21:]):
         share = (pieces == torch.from_numpy(end.astype("int64"))).all(1).double().mean()

@@ -71,6 +71,10 @@ class Copying(Task):
     def vocab_size(self) -> int:
         return self.symbols + 2
 
+    @property
+    def example_length(self) -> int:
+        return self.length + self.data_tokens
+
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
         random = generator(seed, index, split)
         data = random.integers(self.symbols, size=(size, self.data_tokens))

@@ -1,7 +1,9 @@
 """What every task is: a source of batches that any step can be asked for, and what is measured of the answers."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ssmscan.models import SSMForCausalLM
+
 # Target of a position that is not part of the answer: no loss, no metric.
 IGNORE = -100
 
@@ -19,20 +23,50 @@ _SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 class Batch(NamedTuple):
-    """``tokens`` (b, l) and the answer ``targets`` (b, l), IGNORE where none is asked for; int64."""
+    """``tokens`` (b, l) and the answer ``targets`` (b, l), IGNORE where none is asked for; int64.
+
+    ``starts`` (b, l), bool, is True at the first token of each document that begins inside a row; a row is one document
+    where it is None.
+    """
 
     tokens: Tensor
     targets: Tensor
+    starts: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.targets.to(device))
+    def rows(self, first: int, count: int) -> Batch:
+        """``count`` examples from ``first`` on, or as many as there are."""
+        kept = slice(first, first + count)
+        return Batch(self.tokens[kept], self.targets[kept], None if self.starts is None else self.starts[kept])
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The arguments of :class:`ssmscan.models.SSMForCausalLM`, on ``device``.
+
+        Rows of several documents become one row of packed sequences, so that no state passes from one to the next.
+        Empty sequences at its end make their number a power of 2: few shapes come, for which kernels are launched from
+        a record.
+        """
+        tokens, targets, cu_seqlens = self.tokens, self.targets, None
+        if self.starts is not None:
+            bounds = self.starts.clone()
+            bounds[:, 0] = True
+            first = bounds.flatten().nonzero().flatten()
+            room = 1 << (len(first) - 1).bit_length()
+            cu_seqlens = F.pad(first, (0, room + 1 - len(first)), value=tokens.numel()).to(torch.int32)
+            tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
+        named = {"input_ids": tokens, "shift_labels": targets, "cu_seqlens": cu_seqlens}
+        # From pinned memory the host does not wait for the copy.
+        return {
+            name: (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+            for name, part in named.items()
+            if part is not None
+        }
 
 
 class Measure(NamedTuple):
-    """A metric as a sum over so many answers: measures of batches of any size add up."""
+    """A metric as a sum over so many answers, both scalars: measures of batches of any size, on any rank, add up."""
 
-    total: float
-    answers: int
+    total: Tensor
+    answers: Tensor
 
 
 class Task(ABC):
@@ -44,11 +78,18 @@ class Task(ABC):
     name: ClassVar[str]
     # Whether the answer at a token is in those that follow, which the model then must not see.
     foretells: ClassVar[bool] = False
+    # The names of what is measured.
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
         """Number of tokens v."""
+
+    @property
+    @abstractmethod
+    def example_length(self) -> int:
+        """Length l of an example (tokens)."""
 
     @property
     @abstractmethod
@@ -69,18 +110,26 @@ class Task(ABC):
         ``loss`` is the cross entropy of the answers (nats), ``accuracy`` the fraction that the greatest logit names.
         """
         asked = targets != IGNORE
-        answers = int(asked.sum())
-        right = (logits.argmax(-1) == targets)[asked].sum()
+        right = (logits.argmax(-1) == targets) & asked
         return {
-            "loss": Measure(cross_entropy(logits, targets, "sum").item(), answers),
-            "accuracy": Measure(right.item(), answers),
+            "loss": Measure(cross_entropy(logits, targets, "sum").double(), asked.sum()),
+            "accuracy": Measure(right.sum(), asked.sum()),
         }
+
+    def examine(self, model: SSMForCausalLM, seed: int) -> dict[str, Measure]:
+        """What is measured once, when the training has ended; nothing unless the task says more."""
+        return {}
+
+    @property
+    def held_out_examples(self) -> int | None:
+        """How many examples there are to evaluate on; None is any number."""
+        return None
 
     def pinned(self) -> Self:
         """The task as a run writes it down, so that it cannot be continued on other data."""
         return self
 
-    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """What turns tokens into text and back, where they are text."""
         return None
 

@@ -52,6 +52,7 @@ class Text(Task):
 
     name: ClassVar[str] = "text"
     foretells: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "bits_per_character")
 
     data: str
     length: int = 256
@@ -66,6 +67,10 @@ class Text(Task):
     @property
     def vocab_size(self) -> int:
         return len(self.characters)
+
+    @property
+    def example_length(self) -> int:
+        return self.length
 
     @property
     def title(self) -> str:
