@@ -51,6 +51,7 @@ def test_a_step_with(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait():
     config, model = loop._prepare(SMALL)
     model.to("cuda").train()
