@@ -24,8 +24,8 @@ from ssmscan.training import (
     RunError,
     TrainConfig,
     UsageError,
+    batches,
     checkpoint,
-    late,
     loop,
     step,
     train,
@@ -306,8 +306,8 @@ def test_a_run_with(whole, tmp_path, options):
 def test_each_batch_is_made_once_and_in_order(monkeypatch):
     made = []
     monkeypatch.setattr(SelectiveCopying, "batch", lambda *arguments: made.append(arguments[3]) or arguments[3])
-    assert list(late.batches(replace(TINY, steps=6), 2)) == made == [2, 3, 4, 5]
-    assert list(late.batches(replace(TINY, steps=6), 6)) == []
+    assert list(batches.batches(replace(TINY, steps=6), 2)) == made == [2, 3, 4, 5]
+    assert list(batches.batches(replace(TINY, steps=6), 6)) == []
 
 
 def test_what_a_batch_cannot_be_made_of_ends_the_run(tmp_path, monkeypatch):

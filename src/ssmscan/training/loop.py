@@ -8,15 +8,16 @@ from importlib.util import find_spec
 
 import torch
 
+from ssmscan.ahead import Late
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
 from ssmscan.tasks import Measure
 from ssmscan.training import checkpoint
+from ssmscan.training.batches import batches
 from ssmscan.training.clock import Clock
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.folder import claimed, replace_text
-from ssmscan.training.late import Late, batches
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
 from ssmscan.training.step import Step, autocast
@@ -76,7 +77,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                 step += 1
                 evaluates = step % config.eval_every == 0 or step == config.steps
                 saves = step % config.save_every == 0 or clock.save_is_due()
-                for read, (loss, norm, halted) in late.take(everything=evaluates or saves):
+                for read, numbers in late.take(everything=evaluates or saves):
+                    loss, norm, halted = numbers.tolist()
                     if halted:
                         raise RunError(
                             f"train: loss must be finite, got {loss:g} with a gradient of norm {norm:g} at step "

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmscan.ahead import Recorded
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import IGNORE, Batch
 from ssmscan.training.config import TrainConfig
-
-# As many calls of a new shape come before a graph records one: kernels are compiled and launches settled by then.
-_WARMUP = 3
 
 
 class Step:
@@ -92,42 +89,6 @@ class Step:
         self.optimizer.step()
         self.scaler.update()
         return torch.stack([loss, norm, self.halted.float()])
-
-
-class Recorded:
-    """A function of dictionaries of tensors, launched as one CUDA graph for each shape of its arguments.
-
-    The first calls of a shape run as they are, the next one is recorded.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-        self.calls: dict[tuple[Any, ...], int] = {}
-        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
-        given = [first, *(part for inputs in parts for part in inputs.values())]
-        key = tuple((tensor.shape, tensor.dtype) for tensor in given)
-        if key in self.graphs:
-            graph, held, result = self.graphs[key]
-            for place, tensor in zip(held, given, strict=True):
-                place.copy_(tensor, non_blocking=True)
-            graph.replay()
-            return result.clone()
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= _WARMUP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.function(first, *parts)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            result = self.function(first, *parts)
-        self.graphs[key] = graph, given, result
-        graph.replay()
-        return result.clone()
 
 
 def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
