@@ -21,8 +21,8 @@ def tokenize_parser() -> ArgumentParser:
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
-        description="Turn text into a folder of tokens, which is then the --task.data of the task text. Files are .txt, "
-        ".jsonl or .parquet, as they are or compressed (.xz, .gz, .zst).",
+        description="Turn text into a folder of tokens, which is then the --task.data of the task text. Files are "
+        ".txt, .jsonl or .parquet, as they are or compressed (.xz, .gz, .zst).",
     )
     for option, help_ in (
         ("data", "files to train on, folders of them, or globs"),
@@ -38,8 +38,8 @@ def tokenize_parser() -> ArgumentParser:
         "--tokenizer",
         type=str | None,
         default=None,
-        help="instead, a tokenizer that there is: bytes, characters, a JSON file of the library tokenizers, or a folder or "
-        "name that transformers knows",
+        help="instead, a tokenizer that there is: bytes, characters, a JSON file of the library tokenizers, or a "
+        "folder or name that transformers knows",
     )
     parser.add_argument(
         "--held-out", type=float, default=0.1, help="fraction of the tokens to evaluate on where --valid names no file"

@@ -30,8 +30,8 @@ class Text(Task):
     """The tokens of a text: each is to be foretold from those before it in its document.
 
     An example is a window of the stream of tokens, in which an end-of-text token stands behind each document. Training
-    takes all windows in random order, cut elsewhere in each epoch; evaluation takes them in order. Files are turned into
-    tokens once and kept in the folder that the environment's ``SSMSCAN_CACHE`` names, by default ``~/.cache/ssmscan``.
+    takes all windows in random order, cut elsewhere in each epoch; evaluation takes them in order. Files become tokens
+    once, which are kept in the folder that the environment's ``SSMSCAN_CACHE`` names, by default ``~/.cache/ssmscan``.
 
     Args:
         data: files of text (.txt, .jsonl, .parquet, and compressed as .xz, .gz, .zst), folders of them, globs, one or a
@@ -51,8 +51,8 @@ class Text(Task):
 
     Raises:
         TypeError: a length that is not an integer.
-        ValueError: a value out of range; at the first use of the text, what is wrong with a file or the tokenizer, another
-            content than ``sha256`` says, or too little: both parts must have more than ``length`` tokens.
+        ValueError: a value out of range; at the first use of the text, what is wrong with a file or the tokenizer,
+            another content than ``sha256`` says, or too little: both parts must have more than ``length`` tokens.
 
     Example:
         >>> import tempfile
@@ -206,8 +206,10 @@ class Text(Task):
         return "".join(character if character.isprintable() else " " for character in text)
 
     def pinned(self) -> Self:
-        _ = self.corpus
-        return replace(self, sha256=self._content)
+        pinned = replace(self, sha256=self._content)
+        # What has been checked need not be once more.
+        vars(pinned)["corpus"] = self.corpus
+        return pinned
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Text to tokens and back, as transformers has it."""
