@@ -11,6 +11,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -96,7 +97,11 @@ def read(
     """
     empty = True
     try:
-        with path.open("rb", buffering=0) as file, _decompressed(path, watch(file)) as content:
+        with (
+            path.open("rb", buffering=0) as file,
+            io.BufferedReader(cast(io.RawIOBase, watch(file)), PIECE) as buffered,
+            _OPENERS.get(path.suffix, nullcontext)(buffered) as content,
+        ):
             for piece in _READERS[kind(path)](content, path, separator):
                 empty = False
                 yield piece
@@ -115,11 +120,6 @@ def kind(path: Path) -> str:
 
 def _refusal(rule: str, got: str, advice: str = "") -> ValueError:
     return ValueError(error("text", f"data must {rule}", got, advice))
-
-
-def _decompressed(path: Path, file: BinaryIO) -> BinaryIO:
-    buffered = io.BufferedReader(cast(io.RawIOBase, file), PIECE)
-    return _OPENERS[path.suffix](buffered) if path.suffix in _OPENERS else buffered
 
 
 def _zstandard(file: BinaryIO) -> BinaryIO:
