@@ -7,8 +7,8 @@ token_bytes.npy         how many bytes of text each token stands for
 tokenizer.json, …       the tokenizer, for AutoTokenizer
 ```
 
-Each part of the data, ``train`` and ``eval`` at least, is a range of the stream. A document ends with the end-of-text
-token, which stands nowhere else, so the stream itself says where documents begin.
+Each part of the data, ``train`` and ``eval`` at least, is a range of the stream. Behind each document stands the
+end-of-text token, so the stream itself says where documents begin.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From text to tokens: a tokenizer of transformers, how many bytes each token stands for, and a quick way to encode.
 
-Whatever the tokenizer, an end-of-text token stands behind each document, and nowhere else.
+Whatever the tokenizer, it has an end-of-text token, which stands behind each document.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _of_transformers(source: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as reason:
         rule = "vocabulary must be bytes, characters, a .json file, or a folder or name that transformers knows"
-        raise ValueError(error("text", rule, f"{source}: {str(reason).splitlines()[0]}")) from None
+        raise ValueError(error("text", rule, f"{source}: {str(reason).splitlines()[0].rstrip('.')}")) from None
     if not tokenizer.is_fast:
         raise ValueError(error("text", "vocabulary must be one of the library tokenizers", f"{source}, in Python"))
     return tokenizer
