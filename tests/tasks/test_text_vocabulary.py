@@ -140,16 +140,16 @@ def _save(name, folder):
     [
         (
             "without.json",
-            r"vocabulary must have an end-of-text token, got .*without\.json without\. Name its",
+            r"tokenizer must have an end-of-text token, got .*without\.json without\. Name its",
         ),
-        ("without", r"vocabulary must have an end-of-text token, got .*without without\. Name its eos_token in"),
-        ("absent.json", r"vocabulary must be a file that tokenizers reads, got .*absent\.json: No such file"),
-        ("broken.json", r"vocabulary must be a file that tokenizers reads, got .*broken\.json: EOF while parsing"),
+        ("without", r"tokenizer must have an end-of-text token, got .*without without\. Name its eos_token in"),
+        ("absent.json", r"tokenizer must be a file that tokenizers reads, got .*absent\.json: No such file"),
+        ("broken.json", r"tokenizer must be a file that tokenizers reads, got .*broken\.json: EOF while parsing"),
         (
             "./absent",
-            r"vocabulary must be bytes, characters, a \.json file, or a folder or name that transformers knows",
+            r"tokenizer must be bytes, characters, a \.json file, or a folder or name that transformers knows",
         ),
-        ("slow", r"vocabulary must be one of the library tokenizers, got .*slow, in Python\."),
+        ("slow", r"tokenizer must be one of the library tokenizers, got .*slow, in Python\."),
     ],
 )
 def test_tokenizers_that_are_refused(tmp_path, name, part):
@@ -165,7 +165,7 @@ def test_what_a_tokenizer_does_not_know(tmp_path):
     tokenizer.save(str(tmp_path / "a.json"))
     vocabulary = named(str(tmp_path / "a.json"))
     assert vocabulary.encode(["aa"])[0].tolist() == [0, 0]
-    with pytest.raises(ValueError, match="text: vocabulary must know all of data, got WordLevel error: Missing"):
+    with pytest.raises(ValueError, match="text: tokenizer must know all of data, got WordLevel error: Missing"):
         vocabulary.encode(["ab"])
 
 

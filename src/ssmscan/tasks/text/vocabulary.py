@@ -140,7 +140,7 @@ def _loaded(source: str) -> PreTrainedTokenizerFast:
     tokenizer = _of_file(source) if source.endswith(".json") else _of_transformers(source)
     if tokenizer.eos_token_id is None:
         advice = "Name its eos_token in tokenizer_config.json, and give the folder."
-        raise ValueError(error("text", "vocabulary must have an end-of-text token", f"{source} without", advice))
+        raise ValueError(error("text", "tokenizer must have an end-of-text token", f"{source} without", advice))
     return tokenizer
 
 
@@ -150,7 +150,7 @@ def _of_file(source: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = Tokenizer.from_file(source)
     except Exception as reason:  # The class that tokenizers raises.
-        rule = "vocabulary must be a file that tokenizers reads"
+        rule = "tokenizer must be a file that tokenizers reads"
         raise ValueError(error("text", rule, f"{source}: {reason}")) from None
     return _wrapped(tokenizer, END if tokenizer.token_to_id(END) is not None else None)
 
@@ -161,10 +161,10 @@ def _of_transformers(source: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as reason:
-        rule = "vocabulary must be bytes, characters, a .json file, or a folder or name that transformers knows"
+        rule = "tokenizer must be bytes, characters, a .json file, or a folder or name that transformers knows"
         raise ValueError(error("text", rule, f"{source}: {str(reason).splitlines()[0].rstrip('.')}")) from None
     if not tokenizer.is_fast:
-        raise ValueError(error("text", "vocabulary must be one of the library tokenizers", f"{source}, in Python"))
+        raise ValueError(error("text", "tokenizer must be one of the library tokenizers", f"{source}, in Python"))
     return tokenizer
 
 
@@ -202,7 +202,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         try:
             encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as reason:  # The class that tokenizers raises where a vocabulary has no word for the unknown.
-            raise ValueError(error("text", "vocabulary must know all of data", f"{reason}")) from None
+            raise ValueError(error("text", "tokenizer must know all of data", f"{reason}")) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     return Vocabulary(tokenizer, _token_bytes(tokenizer), encode)
