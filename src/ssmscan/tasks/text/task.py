@@ -198,7 +198,7 @@ class Text(Task):
         """The last line or so of the window, and below it what the model took to come in place of each token."""
         asked = targets != IGNORE
         rows = (("text", targets[asked]), ("model", predictions[asked]))
-        return "\n".join(f"{name:<9} {self._plain(row[-100:])}" for name, row in rows)
+        return "\n".join(f"{name:<9} {self._plain(row[-100:])[-100:]}" for name, row in rows)
 
     def _plain(self, tokens: Tensor) -> str:
         """The text of ``tokens`` with a space for what moves the cursor."""

@@ -74,15 +74,20 @@ def of_characters(texts: Iterable[str]) -> Vocabulary:
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters = sorted(set().union(*texts))
+    occurring: set[str] = set()
+    for text in texts:
+        occurring.update(text)
+    characters = sorted(occurring)
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(characters)}, ""))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     points = np.array([ord(character) for character in characters])
+    token_of = np.zeros(points[-1] + 1, dtype=np.uint32)
+    token_of[points] = np.arange(len(points))
     return Vocabulary(
         _wrapped(tokenizer),
         np.array([len(character.encode()) for character in characters] + [0]),
-        lambda texts: [points.searchsorted(np.frombuffer(text.encode("utf-32-le"), dtype="<u4")) for text in texts],
+        lambda texts: [token_of[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] for text in texts],
     )
 
 
