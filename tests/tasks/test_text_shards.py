@@ -2,13 +2,14 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ssmscan.tasks.text import Corpus, find, shards, tokenization, tokenize
+from ssmscan.tasks.text import Corpus, documents, find, shards, tokenization, tokenize
 
 SONG = "la la\n<|endoftext|>\nso fa mi\n<|endoftext|>\ndö\n"
 STREAM = [*b"la la\n", 256, *b"so fa mi\n", 256, *"dö\n".encode(), 256]
@@ -113,6 +114,23 @@ def test_a_bpe_is_learnt_from_a_sample_of_each_file(here, monkeypatch):
     assert not {"last", "Ġlast"} & words
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters", 300])
+def test_memory_does_not_grow_with_the_data(here, monkeypatch, tokenizer):
+    """A megabyte of text goes through half of one, most of it buffers of files."""
+    monkeypatch.setattr(shards, "SHARD", 2**27)
+    monkeypatch.setattr(documents, "PIECE", 2**10)
+    monkeypatch.setattr(tokenization, "_BATCH", 2**11)
+    _tokenize("warm", tokenizer)
+    Path("song.txt").write_text((("la " * 20 + "\n") * 20 + "<|endoftext|>\n") * 800)
+    tracemalloc.start()
+    try:
+        _tokenize("out", tokenizer)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 750_000
+
+
 def test_a_failure_leaves_nothing(here, monkeypatch):
     Path("song.txt").write_bytes(b"la\n" * 9 + b"\xff")
     for tokenizer in ("bytes", "characters", 257):
@@ -152,6 +170,15 @@ def test_changed_files_are_refused(here, file, change, part):
     changed = change(path.read_bytes())
     path.unlink() if changed is None else path.write_bytes(changed)
     with pytest.raises(ValueError, match=rf"text: out/{file} must have the {part}{ADVICE}"):
+        Corpus(Path("out"))
+
+
+def test_a_missing_file_is_refused(here):
+    _tokenize()
+    Path("out/tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"text: out/tokenizer\.json must be readable, got No such file or directory\."
+    ):
         Corpus(Path("out"))
 
 

@@ -201,7 +201,7 @@ def _check(path: Path, size: int | None, sha256: str | None) -> None:
     """``path`` has the size and the digest, where they are given."""
     advice = "Bring the file back, or remove the folder and make it again."
     found = path.stat().st_size if path.is_file() else "no file"
-    if size is not None and found != size:
+    if size not in (None, found):
         raise ValueError(error("text", f"{path} must have the {size} bytes of its index", found, advice))
     checksum = None if sha256 is None else digest(path)
     if sha256 != checksum:

@@ -175,7 +175,7 @@ class Text(Task):
         if self.packing == "documents":
             begins[:, 1:] |= stream[:, :-1] == self.corpus.index.end_of_text
         begins[:, 0] = False
-        tokens, targets = stream[:, :-1], np.where(begins[:, 1:], IGNORE, stream[:, 1:])
+        tokens, targets = stream[:, :-1].copy(), np.where(begins[:, 1:], IGNORE, stream[:, 1:])
         starts = torch.from_numpy(begins[:, :-1]) if begins[:, :-1].any() else None
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), starts)
 
