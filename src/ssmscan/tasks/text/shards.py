@@ -119,7 +119,7 @@ class Writer:
 
 @contextmanager
 def writing(folder: Path, vocabulary: Vocabulary) -> Iterator[Writer]:
-    """A new ``folder``, which is there when the block has ended with :meth:`Writer.finish`; not at all when it fails."""
+    """A new ``folder``, which is there when the block has ended with :meth:`Writer.finish`, or not at all."""
     unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
