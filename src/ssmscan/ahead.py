@@ -28,6 +28,8 @@ class Recorded:
         self.calls: dict[tuple[Any, ...], int] = {}
         self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
         self.stream = torch.cuda.Stream()
+        # One memory for all graphs: none runs beside another, and a result is copied before the next.
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
         given = [first, *(part for inputs in parts for part in inputs.values())]
@@ -46,7 +48,7 @@ class Recorded:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph, self.pool, self.stream):
             result = self.function(first, *parts)
         self.graphs[key] = graph, given, result
         graph.replay()
@@ -69,7 +71,7 @@ class Late:
         self._queue.append((step, result, event))
 
     def take(self, everything: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """The steps whose results are there, oldest first, and these on the CPU; waits for ``everything`` if told so."""
+        """The steps whose results are there, oldest first, and these on the CPU; waits for ``everything`` if told."""
         while self._queue:
             step, result, event = self._queue[0]
             if event is not None and not event.query():

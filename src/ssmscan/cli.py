@@ -1,4 +1,4 @@
-"""The command ``ssmscan``: train, generate, bench, info.
+"""The command ``ssmscan``: train, generate, tokenize, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 141 when the output's reader is
 gone; an error is one line on stderr.
@@ -111,6 +111,8 @@ def _run(arguments: list[str]) -> int:
         return _fail(_one_line(str(reason)), 2)
     if run is not None:
         return _train(*run)
+    if command == "tokenize":
+        return _tokenize(values)
     return _generate(values) if command == "generate" else _info()
 
 
@@ -154,6 +156,7 @@ def _fail(message: str, status: int) -> int:
 def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     from jsonargparse import ArgumentParser
 
+    from ssmscan.tasks.text.command import tokenize_parser
     from ssmscan.training.options import train_parser
 
     parser = ArgumentParser(prog="ssmscan", description=ssmscan.__doc__, exit_on_error=False, allow_abbrev=False)
@@ -163,6 +166,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     for name, subparser, text in (
         ("train", train_parser(train_arguments), "train a model on a task, or continue a run"),
         ("generate", _generate_parser(), "continue a text by a model"),
+        ("tokenize", tokenize_parser(), "turn text into tokens to train on"),
         ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
         ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
     ):
@@ -205,7 +209,7 @@ def _generate_parser() -> ArgumentParser:
 
 
 def _generate(values: Namespace) -> int:
-    """Print the prompt, and its continuation as it comes."""
+    """Print the prompt, and its continuation as it comes, to the end of the text at most."""
     from transformers import TextStreamer
 
     try:
@@ -219,9 +223,25 @@ def _generate(values: Namespace) -> int:
         tokens,
         attention_mask=torch.ones_like(tokens),
         use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
+    return 0
+
+
+def _tokenize(values: Namespace) -> int:
+    from ssmscan.tasks.text import command
+
+    try:
+        written = command.run(values)
+    except (TypeError, ValueError) as reason:
+        return _fail(_one_line(str(reason)), 2)
+    except OSError as reason:
+        rule = "--out must be a folder that can be written"
+        return _fail(error("tokenize", rule, f"{values.out}: {reason.strerror}"), 1)
+    print(written)
     return 0
 
 
