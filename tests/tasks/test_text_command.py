@@ -66,7 +66,7 @@ def test_the_separator(here, capsys):
 def test_trains_and_generates(here, capsys):
     _run(capsys, "tokenize --data songs1.txt.xz --vocab 280 --out books")
     train = "train --task.name text --task.data books --task.length 16 --model.mixers gated_ssm --steps 4 --device cpu"
-    assert "bits per byte" in _run(capsys, f"{train} --batch_size 2 --eval_examples 2 --out run")
+    assert "bits per byte" in _run(capsys, f"{train} --batch_size 2 --eval_tokens 16 --out run")
     out = _run(capsys, "generate --model run --prompt 'to be' --max-new-tokens 8")
     assert out.startswith("to be")
     config = Path("run/config.yaml").read_text()
