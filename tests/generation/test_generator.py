@@ -133,6 +133,7 @@ def test_speculation_takes_the_same_greatest_tokens(model, seed, options):
         assert torch.equal(Generator(model, draft=draft, proposals=3)(prompt, 17, **options), expected)
 
 
+@pytest.mark.slow
 def test_speculation_draws_from_the_same_distribution():
     """The frequencies of the third token after a prompt, against the exact ones."""
     model, draft = make(["gated_ssm"], 0), make(["gated_ssm"], 1)
