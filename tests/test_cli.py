@@ -354,6 +354,34 @@ def test_generates_the_likeliest(text_run, capsys, prompt):
     assert only == unlikely == greedy
 
 
+def test_generates_up_to_a_stop(text_run, capsys):
+    """Whatever of it has come before the rest did."""
+    options = ["--model", text_run, "--prompt", "to be", "--max-new-tokens", 40]
+    whole = _generated(capsys, *options)
+    stop = whole[8:11]
+    assert _generated(capsys, *options, "--stop", "xyz", stop) == whole[: whole.index(stop, 5)] + "\n"
+    assert _generated(capsys, *options, "--stop", "xyz") == whole
+
+
+@pytest.mark.parametrize("source", ["prompts.txt", "-"])
+def test_generates_from_a_file(text_run, here, capsys, monkeypatch, source):
+    """A line of JSON for each of its lines, the same as alone, padded or not, and in a smaller batch at the end."""
+    prompts = ["to be", "or", "not to"]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts)))
+    options = ["--model", text_run, "--max-new-tokens", 9, "--temperature", 0]
+    lines = _generated(capsys, *options, "--prompts", source, "--batch-size", 2, "--stop", "xyz").splitlines()
+    for line, prompt in zip(map(json.loads, lines), prompts, strict=True):
+        assert line["prompt"] == prompt
+        assert prompt + line["continuation"] + "\n" == _generated(capsys, *options, "--prompt", prompt)
+
+
+def test_generates_with_a_draft(text_run, capsys):
+    options = ["--model", text_run, "--prompt", "to be", "--max-new-tokens", 12, "--temperature", 0]
+    draft = text_run / "checkpoints" / "step_00000002"
+    assert _generated(capsys, *options, "--draft", draft) == _generated(capsys, *options)
+
+
 def test_generates_from_a_checkpoint(text_run, capsys):
     folder = text_run / "checkpoints" / "step_00000004"
     assert _generated(capsys, "--model", folder) == _generated(capsys, "--model", text_run)
@@ -365,11 +393,14 @@ def test_generates_from_a_checkpoint(text_run, capsys):
         ("--prompt x", "generate: prompt must consist of what the model was trained on, got 'x'."),
         ("--prompt=", "generate: prompt must have at least one token, got ''."),
         ("--max-new-tokens 0", "generate: --max-new-tokens must be at least 1, got 0."),
-        ("--temperature -1", "generate: --temperature must be at least 0 and finite, got -1.0."),
-        ("--top-k 0", "generate: --top-k must be at least 1, got 0."),
-        ("--top-p 1.5", "generate: --top-p must be in (0, 1], got 1.5."),
+        ("--temperature -1", "Generator: temperature must be at least 0 and finite, got -1.0."),
+        ("--top-k 0", "Generator: top_k must be at least 1, got 0."),
+        ("--top-p 1.5", "Generator: top_p must be in (0, 1], got 1.5."),
         ("--top-p much", "ssmscan: top_p must be float or null, got much."),
         ("--seed -1", "generate: --seed must be at least 0, got -1."),
+        ("--stop=", "generate: --stop must be texts, got ''."),
+        ("--prompts absent.txt", "generate: --prompts must be a file, got absent.txt: No such file"),
+        ("--prompts x.txt --batch-size 0", "generate: --batch-size must be at least 1, got 0."),
         ("--model absent", "load_pretrained: path_or_name must be a folder"),
         ("--model .", "generate: model must have a tokenizer, got ., whose tokens are no text."),
     ],
