@@ -227,7 +227,7 @@ def test_a_failed_run(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("", 'expected "subcommand" to be one of {train,generate,tokenize,bench,info}'),
+        ("", 'expected "subcommand" to be one of {train,generate,eval,tokenize,bench, ...}'),
         ("tarin", "invalid choice: 'tarin'"),
         ("train --optim.lr fast", "optim.lr must be float, got fast"),
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
@@ -407,6 +407,41 @@ def test_generates_from_a_checkpoint(text_run, capsys):
 )
 def test_generate_refuses(text_run, here, capsys, options, part):
     assert cli.main(["generate", "--model", str(text_run), *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert part in err
+    assert err.count("\n") == 1
+
+
+def test_evaluates(text_run, here, capsys):
+    """Files and folders of tokens; in words and as JSON."""
+    Path("verse.txt").write_text("to be or nöt to be\n" * 9, encoding="utf-8")
+    arguments = ["eval", "--model", str(text_run), "--length", "16"]
+    assert cli.main([*arguments, "--data", "verse.txt", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["tokens"] == 9 * 19
+    assert cli.main([*arguments, "--data", "verse.txt", "--stride", "8"]) == 0
+    names = ("loss", "perplexity", "bits per byte", "accuracy")
+    told = "   ".join([*(rf"{name} \d+\.\d{{4}}" for name in names), "171 tokens", r"[\d,]+ tokens/s\n"])
+    assert re.fullmatch(told, capsys.readouterr().out)
+    tokenized = ["tokenize", "--data", "verse.txt", "--tokenizer", str(text_run), "--out", "tokens"]
+    assert cli.main(tokenized) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "--data", "tokens", "--part", "train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(measured["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("", "eval: one of --data and --harness must be given, got none."),
+        ("--data absent.txt", "text: --data must"),
+        ("--data verse.txt --stride 0", "eval: stride must be at least 1, got 0."),
+        ("--harness arc_easy", "eval: lm-eval must be installed for --harness, got none. Run pip install lm-eval."),
+    ],
+)
+def test_eval_refuses(text_run, here, capsys, options, part):
+    Path("verse.txt").write_text("to be", encoding="utf-8")
+    assert cli.main(["eval", "--model", str(text_run), *options.split()]) == 2
     err = capsys.readouterr().err
     assert part in err
     assert err.count("\n") == 1

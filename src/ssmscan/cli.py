@@ -110,7 +110,7 @@ def _run(arguments: list[str]) -> int:
         return _train(*run)
     if command == "tokenize":
         return _tokenize(values)
-    return _generate(values) if command == "generate" else _info()
+    return _info() if command == "info" else _read_model(command, values)
 
 
 def _train(config: TrainConfig, resume: bool) -> int:
@@ -155,6 +155,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
 
     from ssmscan.generation.command import generate_parser
     from ssmscan.tasks.text.command import tokenize_parser
+    from ssmscan.training.eval_command import eval_parser
     from ssmscan.training.options import train_parser
 
     parser = ArgumentParser(prog="ssmscan", description=ssmscan.__doc__, exit_on_error=False, allow_abbrev=False)
@@ -164,6 +165,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     for name, subparser, text in (
         ("train", train_parser(train_arguments), "train a model on a task, or continue a run"),
         ("generate", generate_parser(), "continue a text by a model"),
+        ("eval", eval_parser(), "measure how well a model foretells a text"),
         ("tokenize", tokenize_parser(), "turn text into tokens to train on"),
         ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
         ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
@@ -186,14 +188,16 @@ def _one_line(message: str) -> str:
     return message if re.match(r"\w+: ", message) else f"ssmscan: {message}"
 
 
-def _generate(values: Namespace) -> int:
-    from ssmscan.generation import command
+def _read_model(command: str, values: Namespace) -> int:
+    """The commands of a model that is there: generate and eval."""
+    from ssmscan.generation import command as generate
+    from ssmscan.training import eval_command
 
     try:
-        command.run(values)
+        (generate if command == "generate" else eval_command).run(values)
+    except BrokenPipeError:
+        raise
     except (TypeError, ValueError, NotImplementedError, OSError) as reason:
-        if isinstance(reason, BrokenPipeError):
-            raise
         return _fail(_one_line(str(reason)), 2)
     return 0
 

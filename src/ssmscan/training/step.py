@@ -30,7 +30,9 @@ class Step:
         self, model: SSMForCausalLM, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(config, device) == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=product_dtype(config.precision, device) == torch.float16
+        )
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A tensor, so that a recorded step can be told another rate.
         self.rate = torch.zeros((), device=device)
@@ -75,7 +77,7 @@ class Step:
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for inputs in parts:
-            with autocast(self.config, self.device):
+            with autocast(self.config.precision, self.device):
                 part = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
             self.scaler.scale(part).backward()
             loss += part.detach()
@@ -91,14 +93,14 @@ class Step:
         return torch.stack([loss, norm, self.halted.float()])
 
 
-def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products."""
-    if config.precision == "auto":
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products under a ``precision`` as :class:`ssmscan.training.TrainConfig` has it."""
+    if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The context in which a run's model computes."""
-    dtype = precision(config, device)
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model computes under a ``precision``."""
+    dtype = product_dtype(precision, device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

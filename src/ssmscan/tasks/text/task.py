@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ssmscan.shapes import check_integer, error
-from ssmscan.tasks.task import IGNORE, Batch, Measure, Split, Task
+from ssmscan.tasks.task import IGNORE, Batch, Measure, Split, Task, measure
 from ssmscan.tasks.text import windows
 from ssmscan.tasks.text.documents import SEPARATOR, find, kind
-from ssmscan.tasks.text.shards import FORMAT, INDEX, Corpus, digest
+from ssmscan.tasks.text.shards import FORMAT, INDEX, Corpus, Part, digest
 from ssmscan.tasks.text.tokenization import tokenize
 from ssmscan.tasks.text.vocabulary import identity
 
@@ -128,7 +128,7 @@ class Text(Task):
         from filelock import FileLock
 
         self._check_same()
-        folder = _cache() / self._content
+        folder = cache_folder() / self._content
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes one makes them, and the others wait.
         with FileLock(folder.with_suffix(".lock")):
@@ -169,29 +169,11 @@ class Text(Task):
             places = windows.shuffled(len(part), self.length, seed, index * size, size)
         else:
             places = windows.in_order(len(part), self.length, index * size, size)
-        stream = part.read(places, self.length + 1)
-        self._check_known(stream)
-        # A part begins anew behind its end, and in each row at the column of its first token.
-        begins = (places[:, None] + np.arange(self.length + 1)) % len(part) == 0
-        if self.packing == "documents":
-            begins[:, 1:] |= stream[:, :-1] == self.corpus.index.end_of_text
-        begins[:, 0] = False
-        tokens, targets = stream[:, :-1].copy(), np.where(begins[:, 1:], IGNORE, stream[:, 1:])
-        starts = torch.from_numpy(begins[:, :-1]) if begins[:, :-1].any() else None
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), starts)
-
-    def _check_known(self, stream: np.ndarray) -> None:
-        if stream.max() >= self.vocab_size:
-            rule = f"tokens must be 0 to {self.vocab_size - 1}"
-            advice = "A file of the folder is not that of its index."
-            raise ValueError(error(self.name, rule, f"{stream.max()} in {self.corpus.folder}", advice))
+        return rows(self.corpus, part, places, self.length, self.packing == "documents")
 
     def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Measure]:
         """Also ``bits_per_byte`` of the text that the targets are; the end of a document costs bits, and is no text."""
-        measures = super().measure(logits, targets)
-        lengths = torch.from_numpy(self.corpus.token_bytes).to(targets.device)
-        written = torch.where(targets == IGNORE, 0, lengths[targets.clamp(min=0)]).sum()
-        return measures | {"bits_per_byte": Measure(measures["loss"].total / math.log(2), written)}
+        return measure_text(self.corpus, logits, targets)
 
     def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
         """The last line or so of the window, and below it what the model took to come in place of each token."""
@@ -221,7 +203,32 @@ class Text(Task):
         return AutoTokenizer.from_pretrained(self.corpus.folder)
 
 
-def _cache() -> Path:
+def rows(corpus: Corpus, part: Part, places: np.ndarray, length: int, documents: bool) -> Batch:
+    """Examples of ``length`` tokens from each of ``places`` (b,) of a part on; ``documents`` keeps these apart."""
+    stream = part.read(places, length + 1)
+    if stream.max(initial=0) >= corpus.index.vocab_size:
+        rule = f"tokens must be 0 to {corpus.index.vocab_size - 1}"
+        advice = "A file of the folder is not that of its index."
+        raise ValueError(error("text", rule, f"{stream.max()} in {corpus.folder}", advice))
+    # A part begins anew behind its end, and in each row at the column of its first token.
+    begins = (places[:, None] + np.arange(length + 1)) % len(part) == 0
+    if documents:
+        begins[:, 1:] |= stream[:, :-1] == corpus.index.end_of_text
+    begins[:, 0] = False
+    tokens, targets = stream[:, :-1].copy(), np.where(begins[:, 1:], IGNORE, stream[:, 1:])
+    starts = torch.from_numpy(begins[:, :-1]) if begins[:, :-1].any() else None
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), starts)
+
+
+def measure_text(corpus: Corpus, logits: Tensor, targets: Tensor) -> dict[str, Measure]:
+    """``loss``, ``accuracy`` and ``bits_per_byte`` of logits (b, l, v) by targets (b, l)."""
+    measures = measure(logits, targets)
+    lengths = torch.from_numpy(corpus.token_bytes).to(targets.device)
+    written = torch.where(targets == IGNORE, 0, lengths[targets.clamp(min=0)]).sum()
+    return measures | {"bits_per_byte": Measure(measures["loss"].total / math.log(2), written)}
+
+
+def cache_folder() -> Path:
     """Where tokens are kept."""
     given = os.environ.get("SSMSCAN_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssmscan"
