@@ -6,7 +6,7 @@ import json
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ssmscan.shapes import error
 
@@ -90,11 +90,12 @@ def _harness(values: Namespace) -> None:
     if find_spec("lm_eval") is None:
         raise ValueError(error("eval", "lm-eval must be installed for --harness", "none", "Run pip install lm-eval."))
     import lm_eval
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
     from ssmscan.generation.command import load
 
     model, tokenizer = load(values.model, "eval")
-    wrapped: Any = lm_eval.models.huggingface.HFLM(model, tokenizer=tokenizer, batch_size=values.batch_size)
+    wrapped = HFLM(model, tokenizer=tokenizer, batch_size=values.batch_size)
     results = lm_eval.simple_evaluate(wrapped, tasks=values.harness)
     print(json.dumps(results["results"]) if values.json else make_table(results))
