@@ -1,12 +1,14 @@
-"""Time a forward and backward of whole models on a GPU: how long the device works, and how long the host.
+"""Time training steps of whole models on a GPU: how long the device works, and how long the host.
 
     python benchmarks/models.py mamba2-130m transformer-130m blocks --batch 8 --length 2048
 
-Names are presets, or ``blocks``: 24 times causal_conv1d, ssd, gated_rms_norm and two linear layers, in the sizes of
-mamba2-130m, with nothing around them. Under bfloat16 autocast, with the cross entropy of next tokens, no optimizer.
+Names are presets, whose step is the one that ``ssmscan train`` makes, under bfloat16 autocast; or ``blocks``, a forward
+and backward of 24 times causal_conv1d, ssd, gated_rms_norm and two linear layers, in the sizes of mamba2-130m.
 
-The device's time is that of a CUDA graph's replay of the step. The host's time is that in which it launches a step of
-one short sequence, so that it never waits for the device.
+A mode is how the step is launched: by Python (eager), as one CUDA graph, with compiled blocks, or both.
+
+The host's time is that in which it launches a step of one short sequence, so that it never waits for the device; the
+device's is about that of a step as a graph.
 """
 
 import argparse
@@ -17,13 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmscan import causal_conv1d, gated_rms_norm, ssd
 from ssmscan.bench.result import commit, machine, now, versions
+from ssmscan.models import SSMForCausalLM, preset
+from ssmscan.tasks import Batch, Split, Task
+from ssmscan.tasks.task import generator
+from ssmscan.training import TrainConfig
+from ssmscan.training.optim import make_optimizer
+from ssmscan.training.step import Recorded, Step
 
 SHORT = 128
+MODES = ("eager", "graph", "compiled", "compiled graph")
 
 
 class Blocks(nn.Module):
@@ -52,44 +60,60 @@ class Blocks(nn.Module):
         return x
 
 
-def make(name: str, checkpointing: bool) -> tuple[nn.Module, Callable[[int, int], Callable[[], Tensor]]]:
-    """A model on the GPU, and from batch and length a function of its loss."""
-    if name == "blocks":
-        model: nn.Module = Blocks().cuda()
+class Random(Task):
+    """Tokens of which each is to be foretold, drawn at random once."""
 
-        def loss_of(batch: int, length: int) -> Callable[[], Tensor]:
-            x = torch.randn(batch, length, 768, device="cuda")
-            return lambda: model(x).square().mean()
+    name = "random"
 
-        return model, loss_of
-    from ssmscan.models import SSMForCausalLM, preset
+    def __init__(self, v: int, length: int) -> None:
+        self.v, self.length = v, length
 
-    lm = SSMForCausalLM(preset(name)).train()
-    nn.Module.cuda(lm)
-    if checkpointing:
-        lm.gradient_checkpointing_enable()
+    vocab_size = property(lambda self: self.v)
+    example_length = property(lambda self: self.length)
+    title = "random tokens"
 
-    def loss_of_tokens(batch: int, length: int) -> Callable[[], Tensor]:
-        tokens = torch.randint(lm.config.vocab_size, (batch, length), device="cuda")
+    def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
+        tokens = torch.from_numpy(generator(seed, index, split).integers(self.v, size=(size, self.length + 1)))
+        return Batch(tokens[:, :-1], tokens[:, 1:])
 
-        def loss() -> Tensor:
-            logits = lm(tokens, use_cache=False).logits
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-        return loss
-
-    return lm, loss_of_tokens
+    def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
+        return str(predictions.tolist())
 
 
-def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    def step() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
+def blocks_step(batch: int, length: int, mode: str) -> Callable[[], object]:
+    """A forward and backward of :class:`Blocks`."""
+    model = Blocks().cuda()
+    x = torch.randn(batch, length, 768, device="cuda")
+    if mode.startswith("compiled"):
+        model.compile()
+
+    def step(x: Tensor) -> Tensor:
+        model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
-            value = loss()
-        value.backward()
+            loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
 
-    return step
+    launch = Recorded(step) if mode.endswith("graph") else step
+    return lambda: launch(x)
+
+
+def training_step(name: str, batch: int, length: int, mode: str, checkpointing: bool) -> Callable[[], object]:
+    """What a run does for one batch: a forward and backward under bfloat16 autocast, clip, AdamW."""
+    shape = preset(name)
+    model = SSMForCausalLM(shape).train()
+    nn.Module.cuda(model)
+    config = TrainConfig(
+        batch_size=batch,
+        task=Random(shape.vocab_size, length),
+        precision="bfloat16",
+        compile=mode.startswith("compiled"),
+        cuda_graph=mode.endswith("graph"),
+        gradient_checkpointing=checkpointing,
+    )
+    update = Step(model, make_optimizer(model, config.optim), config, torch.device("cuda"))
+    tokens = config.task.batch(batch, 0, 0, "train")
+    return lambda: update(tokens, 1e-4)
 
 
 def wall_ms(step: Callable[[], object], repeats: int) -> float:
@@ -114,42 +138,34 @@ def host_ms(step: Callable[[], object], repeats: int = 15) -> float:
     return statistics.median(times)
 
 
-def device_ms(step: Callable[[], None]) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return wall_ms(graph.replay, 5)
+def measure(name: str, batch: int, length: int, mode: str, checkpointing: bool) -> dict[str, object]:
+    def step_of(batch: int, length: int) -> Callable[[], object]:
+        if name == "blocks":
+            return blocks_step(batch, length, mode)
+        return training_step(name, batch, length, mode, checkpointing)
 
-
-def measure(name: str, batch: int, length: int, checkpointing: bool) -> dict[str, object]:
-    model, loss_of = make(name, checkpointing)
-    short = step_of(model, loss_of(1, SHORT))
-    for _ in range(5):
+    short = step_of(1, SHORT)
+    for _ in range(6):
         short()
     host = host_ms(short)
-    step = step_of(model, loss_of(batch, length))
-    for _ in range(3):
+    del short
+    torch.cuda.empty_cache()
+    step = step_of(batch, length)
+    for _ in range(6):
         step()
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     whole = wall_ms(step, 7)
-    peak = torch.cuda.max_memory_allocated() / 2**30
     return {
         "model": name,
-        "direction": "fwdbwd",
+        "direction": "fwdbwd" if name == "blocks" else "train",
         "batch": batch,
         "length": length,
-        "mode": "eager",
+        "mode": mode,
         "tokens_per_s": round(batch * length / whole * 1e3),
         "step_ms": round(whole, 2),
         "host_ms": round(host, 2),
-        "device_ms": round(device_ms(step), 2),
-        "peak_gib": round(peak, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
 
 
@@ -158,13 +174,14 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--batch", type=int, default=8, help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--mode", default="eager", choices=MODES, help="(default: %(default)s)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--out", type=Path, help="folder of <gpu>/models.json, whose rows of these models are replaced")
     parser.add_argument("--commit", help="commit to record; without it, git is asked")
     given = parser.parse_args()
     rows = []
     for name in given.models:
-        row = measure(name, given.batch, given.length, given.checkpointing)
+        row = measure(name, given.batch, given.length, given.mode, given.checkpointing)
         print(json.dumps(row))
         rows.append({**row, "commit": given.commit or commit(), "torch": versions()[0], "date": now()})
         torch.cuda.empty_cache()

@@ -30,7 +30,7 @@ TINY = f"""
 steps: 4
 batch_size: 2
 eval_every: 2
-eval_examples: 4
+eval_tokens: 28
 save_every: 2
 device: cpu
 task: {SYMBOLS}
@@ -218,7 +218,7 @@ def test_warns_of_a_broken_checkpoint_on_one_line(here, capsys):
 
 
 def test_a_failed_run(here, capsys):
-    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run", "--target_accuracy", "1.0"]) == 1
+    assert cli.main(["train", "--config", "tiny.yaml", "--out", "run", "--target", "accuracy >= 1.0"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("train: accuracy must reach 1, got 0.")
     assert err.count("\n") == 1
@@ -233,7 +233,15 @@ def test_a_failed_run(here, capsys):
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
         ("train --optim.rate 1", "unrecognized arguments: --optim.rate"),
         ("train --steps 1.5", "steps must be int, got 1.5"),
-        ("train --target_accuracy high", "target_accuracy must be float or null, got high."),
+        (
+            "train --target high",
+            "train: target must be a measure, >= or <=, and a number, as in accuracy >= 0.99, got 'high'",
+        ),
+        (
+            "train --target skill>=1",
+            "train: target must be of what the task selective_copying measures: loss, accuracy, got",
+        ),
+        ("train --wandb mine", "train: wandb must be installed, got none."),
         ("train --model.layers 1.5", "model.layers must be int or null, got 1.5."),
         ("train --model.mixers mambo", "SSMConfig: mixers must be of gated_ssm,"),
         ("train --model.mixers mamba2 --model.hidden_size 8", "Mamba2: "),

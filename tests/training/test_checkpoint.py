@@ -10,8 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ssmscan.models import SSMForCausalLM, load_pretrained
 from ssmscan.tasks import Copying
-from ssmscan.training import ModelConfig, OptimConfig, checkpoint
+from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, checkpoint
 from ssmscan.training.optim import make_optimizer
+from ssmscan.training.step import Step
 
 
 class Line(PreTrainedModel):
@@ -28,23 +29,22 @@ class Line(PreTrainedModel):
         return self.layers(x)
 
 
-def _trained(steps):
+def _trained(steps, layers=1):
     torch.manual_seed(0)
-    model = Line()
+    model = Line(layers)
     optimizer = make_optimizer(model, OptimConfig())
     for _ in range(steps):
         model(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
-    return model, optimizer
+    return Step(model, optimizer, TrainConfig(), torch.device("cpu"))
 
 
 def _save(root, step, keep=3):
-    model, optimizer = _trained(step)
-    checkpoint.save(root, step, model, Copying(), optimizer, seconds=float(step), keep=keep)
+    checkpoint.save(root, step, _trained(step), Copying(), seconds=float(step), keep=keep)
 
 
-def _weight(model):
-    return model.layers[0].weight
+def _weight(update):
+    return update.model.layers[0].weight
 
 
 def _flip(path):
@@ -54,14 +54,16 @@ def _flip(path):
 
 
 def test_restores_everything(tmp_path):
-    model, optimizer = _trained(5)
-    checkpoint.save(tmp_path, 5, model, Copying(), optimizer, 1.5, keep=1)
+    update = _trained(5)
+    checkpoint.save(tmp_path, 5, update, Copying(), 1.5, keep=1)
     drawn = torch.randn(3)
-    other, other_optimizer = _trained(1)
-    assert checkpoint.load(tmp_path, other, other_optimizer) == (5, 1.5)
+    other = _trained(1)
+    assert checkpoint.load(tmp_path, other) == (5, 1.5)
     assert torch.equal(torch.randn(3), drawn)
-    assert torch.equal(_weight(other), _weight(model))
-    for state, expected in zip(other_optimizer.state.values(), optimizer.state.values(), strict=True):
+    assert torch.equal(_weight(other), _weight(update))
+    # The rate stays the one tensor that a recorded step reads.
+    assert all(group["lr"] is other.rate for group in other.optimizer.param_groups)
+    for state, expected in zip(other.optimizer.state.values(), update.optimizer.state.values(), strict=True):
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in state)
 
@@ -72,22 +74,20 @@ def test_tied_weights(tmp_path):
     def tied(seed):
         torch.manual_seed(seed)
         model = SSMForCausalLM(ModelConfig(mixers="gated_ssm", hidden_size=4).build(vocab_size=5))
-        return model, make_optimizer(model, OptimConfig())
+        return Step(model, make_optimizer(model, OptimConfig()), TrainConfig(), torch.device("cpu"))
 
-    model, optimizer = tied(0)
-    checkpoint.save(tmp_path, 1, model, Copying(), optimizer, 0.0, keep=1)
-    other, other_optimizer = tied(1)
-    assert checkpoint.load(tmp_path, other, other_optimizer)[0] == 1
-    for loaded in (other, load_pretrained(tmp_path / "step_00000001")):
-        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    update, other = tied(0), tied(1)
+    checkpoint.save(tmp_path, 1, update, Copying(), 0.0, keep=1)
+    assert checkpoint.load(tmp_path, other)[0] == 1
+    for loaded in (other.model, load_pretrained(tmp_path / "step_00000001")):
+        assert torch.equal(loaded.lm_head.weight, update.model.lm_head.weight)
         assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     _save(tmp_path, 1)
-    model = Line(layers=2)
     with pytest.raises(RuntimeError, match="Missing key"):
-        checkpoint.load(tmp_path, model, make_optimizer(model, OptimConfig()))
+        checkpoint.load(tmp_path, _trained(0, layers=2))
 
 
 def test_keeps_the_newest(tmp_path):
@@ -97,7 +97,7 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_nothing_to_load(tmp_path):
-    assert checkpoint.load(tmp_path / "none", *_trained(0)) == (0, 0.0)
+    assert checkpoint.load(tmp_path / "none", _trained(0)) == (0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training.pt"])
@@ -105,10 +105,10 @@ def test_a_flipped_bit_is_found(tmp_path, name):
     _save(tmp_path, 1)
     _save(tmp_path, 2)
     _flip(tmp_path / "step_00000002" / name)
-    model, optimizer = _trained(0)
+    update = _trained(0)
     with pytest.warns(UserWarning, match=rf"step_00000002 is broken \({name} does not match its SHA-256\)"):
-        assert checkpoint.load(tmp_path, model, optimizer)[0] == 1
-    assert torch.equal(_weight(model), _weight(_trained(1)[0]))
+        assert checkpoint.load(tmp_path, update)[0] == 1
+    assert torch.equal(_weight(update), _weight(_trained(1)))
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_an_incomplete_one_is_passed_over(tmp_path, spoil, part):
     _save(tmp_path, 1)
     spoil(tmp_path / "step_00000001")
     with pytest.warns(UserWarning, match=part):
-        assert checkpoint.load(tmp_path, *_trained(0)) == (0, 0.0)
+        assert checkpoint.load(tmp_path, _trained(0)) == (0, 0.0)
 
 
 def test_a_broken_one_is_replaced(tmp_path):
     _save(tmp_path, 1)
     _flip(tmp_path / "step_00000001" / "training.pt")
     _save(tmp_path, 1)
-    assert checkpoint.load(tmp_path, *_trained(0))[0] == 1
+    assert checkpoint.load(tmp_path, _trained(0))[0] == 1
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from ssmscan.models import load_pretrained
+from ssmscan.models import SSMForCausalLM, load_pretrained
 from ssmscan.models.modeling import CausalLMOutputWithPast
 from ssmscan.tasks import IGNORE, SelectiveCopying, Text
 from ssmscan.training import (
@@ -24,7 +25,9 @@ from ssmscan.training import (
     TrainConfig,
     UsageError,
     checkpoint,
+    late,
     loop,
+    step,
     train,
 )
 from ssmscan.training.folder import LOCK, RUN_FILES
@@ -34,7 +37,7 @@ TINY = TrainConfig(
     steps=20,
     batch_size=4,
     eval_every=10,
-    eval_examples=6,
+    eval_tokens=42,
     log_every=1,
     save_every=10,
     device="cpu",
@@ -46,7 +49,7 @@ TINY = TrainConfig(
 
 def _log(folder):
     """The lines of a run's log, without what depends on the clock."""
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "mfu", "peak_gib")
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
@@ -81,7 +84,7 @@ def test_what_a_run_leaves(whole):
 def test_the_model_that_a_run_leaves(whole, part):
     folder, metrics = whole
     model = load_pretrained(folder / part)
-    assert loop.evaluate(model, TINY, 20, torch.device("cpu")) == metrics.evaluation
+    assert loop.evaluate(model, TINY, torch.device("cpu")) == metrics.evaluation
 
 
 def test_the_written_config_is_the_run(whole):
@@ -119,7 +122,7 @@ train({replace(TINY, out=str(tmp_path / "run"))!r})
     for name in ("model.safetensors", "checkpoints/step_00000020/training.pt"):
         ours, theirs = tmp_path / "run" / name, whole[0] / name
         if name.endswith(".pt"):
-            ours, theirs = (torch.load(path, weights_only=True)["optimizer"] for path in (ours, theirs))
+            ours, theirs = (torch.load(path, weights_only=True)["update"] for path in (ours, theirs))
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         else:
             assert ours.read_bytes() == theirs.read_bytes()
@@ -146,39 +149,47 @@ def test_a_log_with_half_a_line_is_mended(whole, tmp_path):
     assert [line["step"] for line in _log(tmp_path)] == [*range(1, 11), 10, 11, 12, 12]
 
 
-def test_every_evaluation_has_examples_of_its_own(tmp_path, monkeypatch):
+def test_evaluations_take_the_same_examples(tmp_path, monkeypatch):
+    """As many whole ones as eval_tokens allow, and one where it allows none."""
     seen = []
     batch = SelectiveCopying.batch
 
     def recorded(task, size, seed, index, split):
         made = batch(task, size, seed, index, split)
         if split == "eval":
-            seen.extend(map(tuple, made.tokens.tolist()))
+            seen.append((size, index))
         return made
 
     monkeypatch.setattr(SelectiveCopying, "batch", recorded)
-    train(replace(TINY, out=str(tmp_path), task=SelectiveCopying(length=20), steps=6, eval_every=2, eval_examples=10))
-    # Three evaluations of 10, and the example that is shown at the end.
-    assert len(set(seen)) == len(seen) == 3 * 10 + 1
+    train(replace(TINY, out=str(tmp_path), steps=4, eval_every=2, eval_tokens=7 * 6))
+    # Six examples in two batches of four, twice; and the example that is shown at the end.
+    assert seen == [(4, 0), (4, 1)] * 2 + [(1, 0)]
+    seen.clear()
+    loop.evaluate(loop._prepare(TINY)[1], replace(TINY, eval_tokens=1, batch_size=2), torch.device("cpu"))
+    assert seen == [(2, 0)]
 
 
 def test_an_evaluation_counts_each_answer_once():
-    """Also where the last batch is smaller than the others."""
+    """Also where the last batch is smaller than the others, and where there are fewer examples than asked for."""
 
     class Stubborn(nn.Module):
         """Whatever it reads, it says symbol 1, more or less surely: right in a third of the answers."""
 
-        def forward(self, tokens, use_cache=False):
-            return CausalLMOutputWithPast(logits=torch.tensor([0.3, 1.1, 0.2, -1.0, 0.4]).expand(*tokens.shape, 5))
+        def forward(self, input_ids, use_cache=False):
+            return CausalLMOutputWithPast(logits=torch.tensor([0.3, 1.1, 0.2, -1.0, 0.4]).expand(*input_ids.shape, 5))
 
-    config = replace(TINY, batch_size=4, eval_examples=6)
-    batches = [TINY.task.batch(size, config.seed, 2 * 7 + i, "eval") for i, size in enumerate((4, 2))]
-    targets = torch.cat([batch.targets for batch in batches]).flatten()
-    targets = targets[targets != IGNORE]
-    logits = Stubborn()(targets).logits
-    measures = loop.evaluate(Stubborn(), config, 7, torch.device("cpu"))
-    assert measures["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
-    assert measures["accuracy"] == pytest.approx((targets == 1).float().mean().item(), rel=1e-6)
+    class Few(SelectiveCopying):
+        held_out_examples = 5
+
+    for task, examples in ((TINY.task, 6), (Few(symbols=3, data_tokens=2, length=5), 5)):
+        batches = [task.batch(4, 0, i, "eval").rows(0, examples - 4 * i) for i in range(2)]
+        targets = torch.cat([batch.targets for batch in batches]).flatten()
+        targets = targets[targets != IGNORE]
+        assert targets.numel() == 2 * examples
+        logits = Stubborn()(targets).logits
+        measures = loop.evaluate(Stubborn(), replace(TINY, task=task), torch.device("cpu"))
+        assert measures["loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
+        assert measures["accuracy"] == pytest.approx((targets == 1).float().mean().item(), rel=1e-6)
 
 
 def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
@@ -201,45 +212,111 @@ def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
     assert norms == pytest.approx([min(norm, clip) for norm in logged], rel=1e-5)
 
 
-def test_stops_when_the_target_is_reached(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "evaluate", lambda model, config, step, device: {"loss": 1.0, "accuracy": 0.1 * step})
-    metrics = train(replace(TINY, out=str(tmp_path), eval_every=3, target_accuracy=0.5))
-    assert metrics.steps == 6
-    assert metrics.evaluation["accuracy"] == pytest.approx(0.6)
+@pytest.mark.parametrize(("target", "steps"), [("accuracy >= 0.5", 6), ("accuracy>=0.3", 3), ("loss <= 0.3", 3)])
+def test_stops_when_the_target_is_reached(tmp_path, monkeypatch, target, steps):
+    values = iter([0.3, 0.6, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: dict.fromkeys(("loss", "accuracy"), next(values)))
+    metrics = train(replace(TINY, out=str(tmp_path), eval_every=3, target=target))
+    assert metrics.steps == steps
 
 
 def test_fails_when_the_target_is_not_reached(tmp_path):
     with pytest.raises(RunError, match=r"train: accuracy must reach 1, got 0\.\d+ after 20 steps"):
-        train(replace(TINY, out=str(tmp_path), target_accuracy=1.0))
-    assert json.loads((tmp_path / "metrics.json").read_text())["target_accuracy"] == 1.0
+        train(replace(TINY, out=str(tmp_path), target="accuracy >= 1"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["target"] == "accuracy >= 1"
+
+
+def spoil(monkeypatch, what, at):
+    """Make the model's loss or gradient infinite in its forward number ``at``; a list that gets its weights then."""
+    forward, weights = SSMForCausalLM.forward, []
+
+    def spoiled(model, *arguments, **keywords):
+        output = forward(model, *arguments, **keywords)
+        if output.loss is not None:
+            weights.append([weight.detach().clone() for weight in model.parameters()])
+            if len(weights) == at and what == "loss":
+                output.loss = output.loss * float("nan")
+            elif len(weights) == at:
+                output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+    monkeypatch.setattr(SSMForCausalLM, "forward", spoiled)
+    return weights
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, what, precision):
+    """Nor does any after it, before the host has read of it; but in float16 an infinite gradient is passed over."""
+    weights = spoil(monkeypatch, what, at=2)
+    config, model = loop._prepare(replace(TINY, precision=precision))
+    update = step.Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
+    read = [update(TINY.task.batch(4, 0, i, "train"), 0.1).tolist() for i in range(4)]
+    goes_on = (what, precision) == ("gradient", "float16")
+    assert [halted for *_, halted in read] == [0, 0, 0, 0] if goes_on else [0, 1, 1, 1]
+    assert [math.isfinite(loss) for loss, *_ in read] == [True, what != "loss", True, True]
+    same = [all(map(torch.equal, before, after)) for before, after in pairwise(weights)]
+    assert same == [False, True, not goes_on]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_stops_before_a_non_finite_update(tmp_path, monkeypatch, what):
-    made, weights = [], []
-
-    def prepare(config):
-        made[:] = loop_prepare(config)
-        return made
-
-    def spoiled(logits, targets):
-        loss = cross_entropy(logits, targets)
-        weights.append(made[1].lm_head.weight.detach().clone())
-        if len(weights) < 2:
-            return loss
-        if what == "loss":
-            return loss * float("nan")
-        loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
-
-    loop_prepare, cross_entropy = loop._prepare, loop.cross_entropy
-    monkeypatch.setattr(loop, "_prepare", prepare)
-    monkeypatch.setattr(loop, "cross_entropy", spoiled)
-    with pytest.raises(RunError, match=r"must be finite, got .* at step 2\. The update was not made"):
-        train(replace(TINY, out=str(tmp_path)))
-    assert torch.equal(made[1].lm_head.weight, weights[1])
-    assert not torch.equal(weights[0], weights[1])
+    weights = spoil(monkeypatch, what, at=6)
+    with pytest.raises(RunError, match=r"must be finite, got .* at step 6\. The update was not made"):
+        train(replace(TINY, out=str(tmp_path), save_every=5))
     assert not (tmp_path / "metrics.json").exists()
+    # What can be continued is what was good.
+    update = step.Step(model := loop._prepare(TINY)[1], make_optimizer(model, TINY.optim), TINY, torch.device("cpu"))
+    assert checkpoint.load(tmp_path / "checkpoints", update)[0] == 5
+    assert all(map(torch.equal, weights[5], model.parameters()))
+
+
+def test_accumulation_changes_nothing_but_rounding(whole, tmp_path):
+    """Also where the parts have unequal numbers of answers."""
+
+    class Ragged(SelectiveCopying):
+        def batch(self, size, seed, index, split):
+            batch = super().batch(size, seed, index, split)
+            batch.targets[0, -1] = IGNORE
+            return batch
+
+    task = Ragged(symbols=3, data_tokens=2, length=5)
+    for micro in (None, 2, 1):
+        train(replace(TINY, out=str(tmp_path / str(micro)), task=task, micro_batch_size=micro))
+    logs = [_log(tmp_path / str(micro)) for micro in (None, 2, 1)]
+    for log in logs[1:]:
+        for line, expected in zip(log, logs[0], strict=True):
+            if line["split"] == "train":
+                values = ("loss", "grad_norm")
+                assert [line[name] for name in values] == pytest.approx([expected[name] for name in values], rel=2e-4)
+
+
+def test_a_checkpoint_when_minutes_have_gone_by(tmp_path):
+    train(replace(TINY, out=str(tmp_path), steps=3, save_every=100, save_minutes=1e-9, keep=9))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}])
+def test_a_run_with(whole, tmp_path, options):
+    train(replace(TINY, out=str(tmp_path), **options))
+    for line, expected in zip(_log(tmp_path), _log(whole[0]), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5 if "precision" not in options else 2e-2)
+
+
+def test_each_batch_is_made_once_and_in_order(monkeypatch):
+    made = []
+    monkeypatch.setattr(SelectiveCopying, "batch", lambda *arguments: made.append(arguments[3]) or arguments[3])
+    assert list(late.batches(replace(TINY, steps=6), 2)) == made == [2, 3, 4, 5]
+    assert list(late.batches(replace(TINY, steps=6), 6)) == []
+
+
+def test_what_a_batch_cannot_be_made_of_ends_the_run(tmp_path, monkeypatch):
+    def batch(*arguments):
+        raise ValueError("text: data must be there, got nothing.")
+
+    monkeypatch.setattr(SelectiveCopying, "batch", batch)
+    with pytest.raises(ValueError, match="data must be there"):
+        train(replace(TINY, out=str(tmp_path)))
 
 
 def test_a_taken_folder_is_left_alone(tmp_path):
@@ -272,7 +349,11 @@ def test_overwriting_replaces_a_run_and_nothing_else(tmp_path):
         ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"seed": 2**63}, "seed must be 0 to 2^63 - 1, got 9223372036854775808"),
-        ({"target_accuracy": 1.5}, r"target_accuracy must be in \(0, 1\], got 1.5"),
+        ({"target": "accuracy > 1"}, "target must be a measure, >= or <=, and a number, .* got 'accuracy > 1'"),
+        ({"target": "loss <= nan"}, "target must be a measure, >= or <=, and a number, .* got 'loss <= nan'"),
+        ({"micro_batch_size": 5}, "micro_batch_size must divide batch_size = 64, got 5"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"save_minutes": 0}, "save_minutes must be positive, got 0"),
     ],
 )
 def test_config_refusals(keywords, part):
@@ -283,7 +364,7 @@ def test_config_refusals(keywords, part):
 def test_checkpoints_hold_no_pickled_code(whole):
     """They are read with weights_only, which refuses anything but tensors and plain values."""
     training = torch.load(whole[0] / "checkpoints" / "step_00000020" / "training.pt", weights_only=True)
-    assert set(training) == {"optimizer", "random", "seconds"}
+    assert set(training) == {"update", "random", "seconds"}
     assert checkpoint._fault(whole[0] / "checkpoints" / "step_00000020") is None
 
 

@@ -74,8 +74,9 @@ _HOST = (
     "number, and how many times that of PyTorch's `scaled_dot_product_attention` in the same run it is."
 )
 _MODELS = (
-    "A forward and backward under bfloat16 autocast, without an optimizer, as `benchmarks/models.py` measures it. The "
-    "device's time is that of a CUDA graph's replay of the step, the host's that of launching one."
+    "Training steps under bfloat16 autocast, from the forward to AdamW's update, as `benchmarks/models.py` measures "
+    "them (`blocks`: a forward and backward of 24 layers' operations). A step as one CUDA graph takes what the device "
+    "takes; the host's time is that of launching a short step."
 )
 
 
@@ -171,14 +172,14 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['batch']} × {row['length']}",
             row["mode"],
             f"{row['tokens_per_s']:,}",
-            *(_ms(row[time]) for time in ("step_ms", "device_ms", "host_ms")),
+            *(_ms(row[time]) for time in ("step_ms", "host_ms")),
             f"{row['peak_gib']:.1f} GiB",
             f"{row['date'][:10]}, {row['commit']}",
         )
         for row in rows
     ]
-    header = ("model", "batch × length", "mode", "tokens/s", "step", "device", "host", "memory", "measured")
-    return _table(header, lines, "lllrrrrrl")
+    header = ("model", "batch × length", "mode", "tokens/s", "step", "host", "memory", "measured")
+    return _table(header, lines, "lllrrrrl")
 
 
 def _origins(results: Sequence[Result]) -> str:

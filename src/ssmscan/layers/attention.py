@@ -164,7 +164,9 @@ class Attention(Mixer):
         heads, groups = self.num_heads, self.num_heads_kv
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], -2)
         q, k = self._rotate(qk, position).split([heads, groups], -2)
-        if state is None:
+        if state is None and cu_seqlens is not None and self._flash(q):
+            y = self._attend_packed(q, k, v, cu_seqlens)
+        elif state is None:
             y = self._attend(q, k, v, self._visible(sequence, position, cu_seqlens, mask))
         else:
             y = self._continue(q, k, v, state, sequence, position, cu_seqlens, mask)
@@ -245,6 +247,24 @@ class Attention(Mixer):
         q = q.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, sharing, 1).unsqueeze(1))
         return y.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _flash(self, q: Tensor) -> bool:
+        """Whether PyTorch has a kernel for packed sequences of such queries, which needs no (l, l) mask."""
+        return (
+            q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 256
+        )
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        l = q.shape[1]
+        # Within the tokens whatever they are: outputs of bad bounds are NaN already.
+        bounds = cu_seqlens.clamp(0, l).cummax(0).values.to(torch.int32)
+        sharing = self.num_heads // self.num_heads_kv
+        k, v = (part.to(q.dtype)[0].repeat_interleave(sharing, 1) for part in (k, v))
+        before = -1 if self.window is None else self.window - 1
+        window = (before, 0 if self.causal else before)
+        return varlen_attn(q[0], k, v, bounds, bounds, l, l, window_size=window).unsqueeze(0)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"

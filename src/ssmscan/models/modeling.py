@@ -20,6 +20,7 @@ from ssmscan.layers import MLP, Block, RMSNorm
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.configuration import SSMConfig
 from ssmscan.models.initialization import draw, wide_patterns
+from ssmscan.models.loss import IGNORE, linear_cross_entropy
 from ssmscan.models.mixers import build_mixer
 from ssmscan.shapes import INDEX, check_rank, error
 
@@ -209,18 +210,22 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
     - inputs_embeds: (b, l, m), in place of input_ids;
     - labels: (b, l), the tokens themselves, -100 where there is none to be learned; the loss is then the mean over
       all tokens of what is known of each from those before it;
+    - shift_labels: (b, l), in place of labels: what is to be foretold at each token, -100 where nothing is;
     - cu_seqlens: bounds of s packed sequences in a batch of one, as in :func:`ssmscan.linear_scan`;
     - cache: what :meth:`make_cache` or an earlier forward returned, read first and overwritten in place, for a single
       token as for a chunk of any length. ``past_key_values`` and ``cache_params`` are transformers' older names;
     - use_cache: make a cache and return it. Default: ``config.use_cache``, but not in training and not when packed;
     - output_hidden_states: return the stream before each block, and after the last norm;
     - logits_to_keep: compute the logits of this many last tokens only, or those that a tensor of indices names;
+    - return_logits: False computes the loss of the labels in chunks, and returns no logits, which for a large
+      vocabulary are most of a training step's memory. Default True;
+    - num_items_in_batch: by how many tokens to divide the sum of the losses. Default: those that are to be foretold;
 
     and returns ``logits``, (b, l, v), in float32, with ``loss``, ``hidden_states`` and the cache when asked for.
 
     Raises:
         TypeError: tokens that are not int32 or int64, a cache that is not an :class:`SSMCache`.
-        ValueError: a wrong shape.
+        ValueError: a wrong shape; labels and shift_labels, or neither and no logits.
         NotImplementedError: a mask with packed sequences; positions without ``cu_seqlens``.
         RuntimeError: a cache under gradient checkpointing.
 
@@ -336,6 +341,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         attention_mask: Bool[Tensor, "b total"] | None = None,
         inputs_embeds: Float[Tensor, "b l m"] | None = None,
         labels: Int[Tensor, "b l"] | None = None,
+        shift_labels: Int[Tensor, "b l"] | None = None,
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         cache: SSMCache | None = None,
         past_key_values: SSMCache | None = None,
@@ -343,6 +349,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **loss_arguments: Any,
     ) -> CausalLMOutputWithPast:
         # What transformers' collator of packed sequences says beside, and instead of, positions.
@@ -369,15 +376,32 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         x = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, kept].to(self.lm_head.weight.dtype)).float()
-        loss = None
+        x = x.to(self.lm_head.weight.dtype)
         if labels is not None:
+            if shift_labels is not None:
+                raise ValueError(error("SSMForCausalLM", "labels or shift_labels must be given", "both"))
             if cu_seqlens is not None:
                 labels = _without_first(labels, cu_seqlens)
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **loss_arguments)
+            shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].contiguous()
+        logits, loss = None, None
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(x[:, kept]).float()
+            if shift_labels is not None:
+                v = self.config.vocab_size
+                loss = self.loss_function(logits, None, v, shift_labels=shift_labels, **loss_arguments)
+        elif shift_labels is None:
+            raise ValueError(error("SSMForCausalLM", "labels must be given without return_logits", "none"))
+        else:
+            loss = self._chunked_loss(x, shift_labels, **loss_arguments)
         states: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **states)
+
+    def _chunked_loss(
+        self, x: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None, **_: Any
+    ) -> Tensor:
+        total = linear_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.config.vocab_size)
+        return total / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _mask(attention_mask: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -403,7 +427,7 @@ def _mask(attention_mask: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -
 def _without_first(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``labels`` of packed sequences without the first token of each, which nothing before it foretells."""
     # An empty sequence at the end starts behind the last token.
-    return F.pad(labels, (0, 1)).index_fill(1, cu_seqlens[:-1].long(), -100)[:, :-1]
+    return F.pad(labels, (0, 1)).index_fill(1, cu_seqlens[:-1].long(), IGNORE)[:, :-1]
 
 
 AutoConfig.register(SSMConfig.model_type, SSMConfig)

@@ -35,7 +35,8 @@ class Batch(NamedTuple):
 
     def rows(self, first: int, count: int) -> Batch:
         """``count`` examples from ``first`` on, or as many as there are."""
-        return Batch(*(None if part is None else part[first : first + count] for part in self))
+        kept = slice(first, first + count)
+        return Batch(self.tokens[kept], self.targets[kept], None if self.starts is None else self.starts[kept])
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """The arguments of :class:`ssmscan.models.SSMForCausalLM`, on ``device``.
@@ -74,6 +75,8 @@ class Task(ABC):
     name: ClassVar[str]
     # Whether the answer at a token is in those that follow, which the model then must not see.
     foretells: ClassVar[bool] = False
+    # The names of what is measured.
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     @property
     @abstractmethod

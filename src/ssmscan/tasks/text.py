@@ -52,6 +52,7 @@ class Text(Task):
 
     name: ClassVar[str] = "text"
     foretells: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "bits_per_character")
 
     data: str
     length: int = 256

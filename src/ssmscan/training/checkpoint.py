@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ssmscan.tasks import Task
 from ssmscan.training.folder import naming, sync
+from ssmscan.training.step import Step
 
 _MODEL = "model.safetensors"
 _TRAINING = "training.pt"
@@ -33,9 +34,8 @@ _STEP = re.compile(r"step_(\d{8,})")
 def save(
     root: Path,
     step: int,
-    model: PreTrainedModel,
+    update: Step,
     task: Task,
-    optimizer: torch.optim.Optimizer,
     seconds: float,
     keep: int,
 ) -> None:
@@ -45,8 +45,8 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        save_model(temporary, model, task)
-        training = {"optimizer": optimizer.state_dict(), "random": _random_state(), "seconds": seconds}
+        save_model(temporary, update.model, task)
+        training = {"update": update.state_dict(), "random": _random_state(), "seconds": seconds}
         # Through a file of Python's, whose errors say why a write failed.
         with naming(temporary / _TRAINING), (temporary / _TRAINING).open("wb") as file:
             torch.save(training, file)
@@ -84,7 +84,7 @@ def _no_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load(root: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def load(root: Path, update: Step) -> tuple[int, float]:
     """Restore the newest complete checkpoint under ``root``, random numbers included; its step and seconds.
 
     Warns of each broken one that it passes over. Without any, nothing is restored and the step is 0.
@@ -95,8 +95,8 @@ def load(root: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -
             warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=2)
             continue
         training = torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
-        load_model(model, folder / _MODEL)
-        optimizer.load_state_dict(training["optimizer"])
+        load_model(update.model, folder / _MODEL)
+        update.load_state_dict(training["update"])
         _set_random_state(training["random"])
         return _step(folder), training["seconds"]
     return 0, 0.0

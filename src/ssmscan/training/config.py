@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ssmscan.models import SSMConfig
 from ssmscan.shapes import check_integer, error
@@ -87,6 +89,44 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a run is to reach, as in "accuracy >= 0.99" or "loss <= 1.5".
+
+    Args:
+        measure: name of what the task measures.
+        direction: ">=" or "<=".
+        bound: the value to reach, in the measure's unit.
+    """
+
+    measure: str
+    direction: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """The target that ``text`` states; ValueError where it states none."""
+        found = re.fullmatch(r"\s*(\w+)\s*(>=|<=)\s*(\S+)\s*", text)
+        try:
+            target = None if found is None else cls(found[1], found[2], float(found[3]))
+        except ValueError:
+            target = None
+        _require(
+            target is not None and math.isfinite(target.bound),
+            "train",
+            "target must be a measure, >= or <=, and a number, as in accuracy >= 0.99",
+            repr(text),
+        )
+        return cast(Target, target)
+
+    def reached(self, measures: Mapping[str, float]) -> bool:
+        value = measures[self.measure]
+        return value >= self.bound if self.direction == ">=" else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.direction} {self.bound:g}"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -94,17 +134,26 @@ class TrainConfig:
         out: folder for everything that the run leaves.
         overwrite: replace a run that is already in that folder.
         steps: length of the run (steps).
-        batch_size: examples in a batch (examples).
+        batch_size: of a step, which makes one update (examples).
+        micro_batch_size: how many of them go through the model at once, their gradients added up; null is all
+            (examples).
         seed: of the weights and of the data.
-        target_accuracy: stop once an evaluation reaches it, and fail if none does (fraction of the answer tokens);
-            null runs all steps.
+        target: stop once an evaluation reaches it, and fail if none does, as in "accuracy >= 0.99"; null runs all
+            steps.
         eval_every: between two evaluations (steps).
-        eval_examples: in an evaluation, always fresh ones (examples).
+        eval_tokens: in an evaluation, which takes the same examples each time: as many whole ones as have so many
+            tokens, one at least, and no more than the task holds out (tokens).
         log_every: between two lines of the log (steps).
         save_every: between two checkpoints (steps).
+        save_minutes: after so long there is a checkpoint whatever save_every says; null is never (minutes).
         keep: how many checkpoints stay (checkpoints).
         device: where to run; auto is CUDA when there is a device.
-        precision: of the matrix products; auto is bfloat16 autocast on a CUDA device that has it, float32 elsewhere.
+        precision: of the matrix products, by autocast; float16 scales the loss against underflow; auto is bfloat16 on
+            a CUDA device that has it, float32 elsewhere.
+        compile: compile each block by torch.compile; the first steps take a minute longer.
+        cuda_graph: record a whole step on the device once and replay it, which frees a small step from the host.
+        gradient_checkpointing: compute each block again in the backward, which saves most of the memory of activations.
+        wandb: project of Weights & Biases that gets what TensorBoard gets; null is none.
         task: what is learned.
         model: its shape.
         optim: the optimizer and its schedule.
@@ -114,34 +163,55 @@ class TrainConfig:
     overwrite: bool = False
     steps: int = 2000
     batch_size: int = 64
+    micro_batch_size: int | None = None
     seed: int = 0
-    target_accuracy: float | None = None
+    target: str | None = None
     eval_every: int = 100
-    eval_examples: int = 1024
+    eval_tokens: int = 65536
     log_every: int = 10
     save_every: int = 500
+    save_minutes: float | None = None
     keep: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False
+    cuda_graph: bool = False
+    gradient_checkpointing: bool = False
+    wandb: str | None = None
     task: Task = field(default_factory=SelectiveCopying)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         _require(self.out != "", "train", "out must name a folder", repr(self.out))
-        for name in ("steps", "batch_size", "eval_every", "eval_examples", "log_every", "save_every", "keep"):
+        for name in ("steps", "batch_size", "eval_every", "eval_tokens", "log_every", "save_every", "keep"):
             check_integer("train", name, getattr(self, name), 1)
         check_integer("train", "seed", self.seed, 0)
         _require(self.seed < 2**63, "train", "seed must be 0 to 2^63 - 1", self.seed)
-        if self.target_accuracy is not None:
-            _require(0 < self.target_accuracy <= 1, "train", "target_accuracy must be in (0, 1]", self.target_accuracy)
+        if self.micro_batch_size is not None:
+            check_integer("train", "micro_batch_size", self.micro_batch_size, 1)
+            rule = f"micro_batch_size must divide batch_size = {self.batch_size}"
+            _require(self.batch_size % self.micro_batch_size == 0, "train", rule, self.micro_batch_size)
+        if self.save_minutes is not None:
+            _require(self.save_minutes > 0, "train", "save_minutes must be positive", self.save_minutes)
+        if self.target is not None:
+            Target.parse(self.target)
+
+    @property
+    def at_once(self) -> int:
+        """Examples that go through the model at once."""
+        return self.micro_batch_size or self.batch_size
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """``config`` in dictionaries, lists, numbers and strings."""
+    # Through JSON, which turns tuples into the lists that YAML knows.
+    fields = json.loads(json.dumps(asdict(config)))
+    return fields | {"task": {"name": config.task.name, **fields["task"]}}
 
 
 def to_yaml(config: TrainConfig) -> str:
     """``config`` as a YAML file that ``ssmscan train --config`` reads back."""
     import yaml
 
-    # Through JSON, which turns tuples into the lists that YAML knows.
-    plain = json.loads(json.dumps(asdict(config)))
-    plain["task"] = {"name": config.task.name, **plain["task"]}
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)

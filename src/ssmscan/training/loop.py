@@ -1,35 +1,39 @@
 """The training loop, read from top to bottom."""
 
 import json
-import math
 import platform
-import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
-from torch import nn
 
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
-from ssmscan.tasks import cross_entropy
+from ssmscan.tasks import Measure
 from ssmscan.training import checkpoint
-from ssmscan.training.config import TrainConfig
+from ssmscan.training.clock import Clock
+from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.folder import claimed, replace_text
+from ssmscan.training.late import Late, batches
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
+from ssmscan.training.step import Step, autocast
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The end of a run, as metrics.json holds it; ``evaluation`` is the last one, loss and accuracy among it."""
+    """The end of a run, as metrics.json holds it.
+
+    ``evaluation`` is the last one, loss and accuracy among it, ``examination`` what the task measures only then.
+    """
 
     evaluation: dict[str, float]
+    examination: dict[str, float]
     steps: int
     seconds: float
-    target_accuracy: float | None
+    target: str | None
     parameters: int
     device: str
     versions: dict[str, str]
@@ -59,78 +63,65 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
     """
     device = _device(config)
     config, model = _prepare(config)
+    task, target = config.task, None if config.target is None else Target.parse(config.target)
     model.to(device).train()
-    task, optimizer = config.task, make_optimizer(model, config.optim)
+    update = Step(model, make_optimizer(model, config.optim), config, device)
     with claimed(config, resume) as folder:
-        step, seconds = checkpoint.load(folder / "checkpoints", model, optimizer) if resume else (0, 0.0)
+        step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
         with Report(folder, config, step) as report:
-            began = time.perf_counter() - seconds
-            last = report.newest("eval")
-            busy, seen = 0.0, 0
-            while step < config.steps:
-                started = time.perf_counter()
-                tokens, targets, _ = (
-                    part if part is None else part.to(device)
-                    for part in task.batch(config.batch_size, config.seed, step, "train")
-                )
-                rate = learning_rate(step, config.steps, config.optim)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                with _autocast(config, device):
-                    loss = cross_entropy(model(tokens).logits, targets)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip).item()
-                if not math.isfinite(loss.item()) or not math.isfinite(norm):
-                    raise RunError(
-                        f"train: loss must be finite, got {loss.item():g} with a gradient of norm {norm:g} at step "
-                        f"{step + 1}. The update was not made; try a smaller --optim.lr."
-                    )
-                optimizer.step()
+            clock = Clock(config, model, device, seconds)
+            last, late = report.newest("eval"), Late()
+            for batch in batches(config, step):
+                late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))
                 step += 1
-                busy += time.perf_counter() - started
-                seen += tokens.numel()
-
-                report.advance(step)
-                if step % config.log_every == 0:
-                    report.training(
-                        step,
-                        loss=loss.item(),
-                        lr=rate,
-                        grad_norm=norm,
-                        tokens_per_second=seen / busy,
-                        seconds=time.perf_counter() - began,
-                    )
-                    busy, seen = 0.0, 0
-                if step % config.eval_every == 0:
-                    last = report.evaluation(step, evaluate(model, config, step, device), time.perf_counter() - began)
-                    if config.target_accuracy is not None and last["accuracy"] >= config.target_accuracy:
+                evaluates = step % config.eval_every == 0 or step == config.steps
+                saves = step % config.save_every == 0 or clock.save_is_due()
+                for read, (loss, norm, halted) in late.take(everything=evaluates or saves):
+                    if halted:
+                        raise RunError(
+                            f"train: loss must be finite, got {loss:g} with a gradient of norm {norm:g} at step "
+                            f"{read}. The update was not made; try a smaller --optim.lr."
+                        )
+                    clock.tokens += batch.tokens.numel()
+                    report.advance(read)
+                    if read % config.log_every == 0:
+                        rate = learning_rate(read - 1, config.steps, config.optim)
+                        report.training(read, loss=loss, lr=rate, grad_norm=norm, **clock.read())
+                if evaluates:
+                    with clock.paused():
+                        last = report.evaluation(step, evaluate(model, config, device), clock.seconds())
+                    if target is not None and target.reached(last):
                         break
-                if step % config.save_every == 0:
-                    checkpoint.save(
-                        folder / "checkpoints", step, model, task, optimizer, time.perf_counter() - began, config.keep
-                    )
+                # After the evaluation, whose line the checkpoint then stands for.
+                if saves:
+                    with clock.paused():
+                        checkpoint.save(folder / "checkpoints", step, update, task, clock.seconds(), config.keep)
+                        clock.saved()
 
             if last is None or last["step"] != step:
-                last = report.evaluation(step, evaluate(model, config, step, device), time.perf_counter() - began)
+                last = report.evaluation(step, evaluate(model, config, device), clock.seconds())
+            with autocast(config, device):
+                examined = task.examine(model, config.seed)
             metrics = Metrics(
                 evaluation={name: value for name, value in last.items() if name not in ("split", "step", "seconds")},
+                examination=_means(examined),
                 steps=step,
-                seconds=time.perf_counter() - began,
-                target_accuracy=config.target_accuracy,
+                seconds=clock.seconds(),
+                target=config.target,
                 parameters=model.num_parameters(),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 versions={"python": platform.python_version()}
                 | {package: version(package) for package in ("ssmscan", "torch", "numpy", "transformers")},
             )
             checkpoint.save_model(folder, model, task)
-            plot(folder / "curves.png", task.title, report.lines, config.target_accuracy)
+            measure = task.measures[-1] if target is None else target.measure
+            plot(folder / "curves.png", task.title, report.lines, measure, target)
             # The last file, for it marks the run as finished.
             replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
             print(f"\n{_example(model, config, device)}\n", flush=True)
-    if config.target_accuracy is not None and metrics.evaluation["accuracy"] < config.target_accuracy:
+    if target is not None and not target.reached(metrics.evaluation):
         raise RunError(
-            f"train: accuracy must reach {config.target_accuracy:g}, got {metrics.evaluation['accuracy']:.4f} after "
+            f"train: {target.measure} must reach {target.bound:g}, got {metrics.evaluation[target.measure]:.4f} after "
             f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
@@ -139,36 +130,45 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
     """The config with its data pinned, and the model as the seed draws it. Nothing is written yet."""
     torch.manual_seed(config.seed)
+    task = config.task
+    if config.target is not None and Target.parse(config.target).measure not in task.measures:
+        rule = f"target must be of what the task {task.name} measures: {', '.join(task.measures)}"
+        raise UsageError(error("train", rule, repr(config.target)))
+    if config.wandb is not None and find_spec("wandb") is None:
+        raise UsageError(error("train", "wandb must be installed", "none", "Run pip install wandb."))
     try:
-        config = replace(config, task=config.task.pinned())
-        model = SSMForCausalLM(config.model.build(config.task.vocab_size))
+        config = replace(config, task=task.pinned())
+        model = SSMForCausalLM(config.model.build(task.vocab_size))
     except (TypeError, ValueError, NotImplementedError) as reason:
         raise UsageError(str(reason)) from None
-    if config.task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
-        raise UsageError(error("train", f"mixers must be causal for the task {config.task.name}", config.model.mixers))
+    if task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
+        raise UsageError(error("train", f"mixers must be causal for the task {task.name}", config.model.mixers))
     return config, model
 
 
 @torch.no_grad()
-def evaluate(model: SSMForCausalLM, config: TrainConfig, step: int, device: torch.device) -> dict[str, float]:
-    """What the task measures, over ``config.eval_examples`` examples that no other evaluation of the run uses."""
+def evaluate(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """What the task measures, over the first examples of its evaluation."""
     model.eval()
-    examples = config.eval_examples
-    sizes = [min(config.batch_size, examples - first) for first in range(0, examples, config.batch_size)]
-    totals: defaultdict[str, float] = defaultdict(float)
-    answers: defaultdict[str, int] = defaultdict(int)
-    for i, size in enumerate(sizes):
-        tokens, targets, _ = (
-            part if part is None else part.to(device)
-            for part in config.task.batch(size, config.seed, step * len(sizes) + i, "eval")
-        )
-        with _autocast(config, device):
-            logits = model(tokens, use_cache=False).logits
-        for name, measure in config.task.measure(logits, targets).items():
-            totals[name] += measure.total.item()
-            answers[name] += int(measure.answers.item())
+    task, size = config.task, config.at_once
+    examples = max(config.eval_tokens // task.example_length, 1)
+    if task.held_out_examples is not None:
+        examples = min(examples, task.held_out_examples)
+    sums: dict[str, Measure] = {}
+    for first in range(0, examples, size):
+        inputs = task.batch(size, config.seed, first // size, "eval").rows(0, examples - first).inputs(device)
+        targets = inputs.pop("shift_labels")
+        with autocast(config, device):
+            logits = model(**inputs, use_cache=False).logits
+        for name, (total, answers) in task.measure(logits, targets).items():
+            before = sums.get(name, Measure(torch.zeros_like(total), torch.zeros_like(answers)))
+            sums[name] = Measure(before.total + total, before.answers + answers)
     model.train()
-    return {name: totals[name] / answers[name] for name in totals}
+    return _means(sums)
+
+
+def _means(measures: dict[str, Measure]) -> dict[str, float]:
+    return {name: (total / answers).item() for name, (total, answers) in measures.items()}
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -178,18 +178,11 @@ def _device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and available else "cpu")
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    wanted = auto if config.precision == "auto" else config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
-
-
 @torch.no_grad()
 def _example(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> str:
-    """A fresh example with the model's answer, as a person would read it."""
-    # An index that no evaluation reaches.
-    tokens, targets, _ = (
-        part if part is None else part.to(device) for part in config.task.batch(1, config.seed, 2**63, "eval")
-    )
-    predictions = model(tokens, use_cache=False).logits.argmax(-1)
-    return config.task.render(tokens[0].cpu(), targets[0].cpu(), predictions[0].cpu())
+    """An example of the evaluation with the model's answer, as a person would read it."""
+    example = config.task.batch(1, config.seed, 0, "eval")
+    inputs = example.inputs(device)
+    del inputs["shift_labels"]
+    predictions = model(**inputs, use_cache=False).logits.argmax(-1)
+    return config.task.render(example.tokens[0], example.targets[0], predictions[0].cpu())

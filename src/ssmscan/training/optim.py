@@ -16,7 +16,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    on_cuda = decayed[0].is_cuda
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True, capturable=on_cuda)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -7,16 +7,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ssmscan.training.config import TrainConfig
+from ssmscan.training.config import Target, TrainConfig, plain
 from ssmscan.training.folder import append_line, naming, replace_text
 
 
 class Report:
     """The live side of a run, from ``step`` on; a context manager that closes what it opened.
 
-    ``log.jsonl`` gets one JSON object a line: ``{"split": "train", "step", "loss", "lr", "grad_norm",
-    "tokens_per_second", "seconds"}`` or ``{"split": "eval", "step", "seconds"}`` with what the task measures, ``loss``
-    and ``accuracy`` at least. Lines after ``step``, which a killed run had written, are dropped.
+    ``log.jsonl`` gets one JSON object a line. ``{"split": "train", "step", "loss", "lr", "grad_norm",
+    "tokens_per_second", "seconds"}``, on CUDA with ``peak_gib`` and ``mfu``; or ``{"split": "eval", "step",
+    "seconds"}`` with what the task measures, ``loss`` and ``accuracy`` at least. Lines after ``step``, which a killed
+    run had written, are dropped.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, step: int) -> None:
@@ -28,6 +29,7 @@ class Report:
         self.lines = read_log(self.path, step)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._board_folder = folder / "tensorboard"
+        self._wandb = None if config.wandb is None else _wandb(config)
         with naming(self._board_folder):
             self._board = SummaryWriter(str(self._board_folder), purge_step=step + 1)
         # What is printed while the bar stands goes through this console, as it is.
@@ -53,6 +55,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error is not None))
         try:
             with naming(self._board_folder):
                 self._board.close()
@@ -94,6 +98,13 @@ class Report:
         return line
 
 
+def _wandb(config: TrainConfig) -> Any:
+    """A run of Weights & Biases that follows the TensorBoard log; it must begin before that."""
+    import wandb
+
+    return wandb.init(project=config.wandb, name=config.out, config=plain(config), sync_tensorboard=True)
+
+
 def read_log(path: Path, last: int) -> list[dict[str, Any]]:
     """The complete lines of a log up to the step ``last``; none when there is no log."""
     if not path.exists():
@@ -109,8 +120,8 @@ def read_log(path: Path, last: int) -> list[dict[str, Any]]:
     return lines
 
 
-def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float | None) -> None:
-    """Draw loss and accuracy over the steps, from the lines of a log, as a PNG."""
+def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], measure: str, target: Target | None) -> None:
+    """Draw the loss and a measure over the steps, from the lines of a log, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -122,27 +133,29 @@ def plot(path: Path, title: str, lines: Sequence[dict[str, Any]], target: float 
     left, right = figure.subplots(1, 2)
 
     left.plot(*_columns(train, "loss"), color=blue, alpha=0.45, linewidth=1, label="training batch")
-    left.plot(*_columns(evals, "loss"), color=orange, marker="o", markersize=3.5, label="fresh data")
+    left.plot(*_columns(evals, "loss"), color=orange, marker="o", markersize=3.5, label="held out")
     left.set(title="loss (nats per answer token)", xlabel="step", yscale="log")
     left.yaxis.set_major_formatter(LogFormatter())
     left.yaxis.set_minor_formatter(LogFormatter())
     left.legend(frameon=False)
 
-    right.plot(*_columns(evals, "accuracy"), color=orange, marker="o", markersize=3.5, label="fresh data")
+    right.plot(*_columns(evals, measure), color=orange, marker="o", markersize=3.5, label="held out")
     if target is not None:
-        right.axhline(target, color=grey, linestyle="--", linewidth=1, label=f"target {target:g}")
+        right.axhline(target.bound, color=grey, linestyle="--", linewidth=1, label=f"target {target.bound:g}")
     if evals:
         final = evals[-1]
         right.annotate(
-            f"{final['accuracy']:.4f}",
-            (final["step"], final["accuracy"]),
+            f"{final[measure]:.4f}",
+            (final["step"], final[measure]),
             xytext=(-6, -14),
             textcoords="offset points",
             ha="right",
             color=orange,
         )
-    right.set(title="accuracy (fraction of answer tokens)", xlabel="step", ylim=(0, 1.04))
-    right.legend(frameon=False, loc="lower right")
+    right.set(title=measure.replace("_", " "), xlabel="step")
+    if measure == "accuracy":
+        right.set(title="accuracy (fraction of answer tokens)", ylim=(0, 1.04))
+    right.legend(frameon=False)
 
     for axes in (left, right):
         axes.set_xlim(left=0)

@@ -1,0 +1,89 @@
+"""The loss of a language model without the logits of all its tokens at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+IGNORE = -100
+
+# Logits of one chunk: half a gigabyte in float32.
+_CHUNK = 2**27
+
+
+@torch.compiler.disable
+def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[Tensor, " n"], v: int) -> Tensor:
+    """Sum of the cross entropies of ``head(x)`` against ``targets``, in nats, chunk by chunk.
+
+        Σᵢ log Σⱼ exp(sᵢⱼ) − sᵢₜ,   s = head(x), t = targetsᵢ
+
+    The gradient is computed along with the loss and kept, which is that of x and of the head's parameters. So one
+    chunk's logits exist at a time, once in their own dtype and once in float32, and no product is computed twice.
+
+    Args:
+        head: from the stream to the logits; any module, an adapter's for example.
+        x: the stream after the last norm.
+        targets: tokens in 0 … v-1; -100 asks for nothing.
+        v: number of tokens.
+
+    Returns:
+        the sum, a scalar in float32 (float64 for float64 inputs).
+
+    ``torch.nn.functional.linear_cross_entropy`` does it too, from PyTorch 2.13 on, for a plain weight.
+
+    Example:
+        >>> import torch
+        >>> from ssmscan.models.loss import linear_cross_entropy
+        >>> head, x = torch.nn.Linear(4, 7), torch.randn(5, 4)
+        >>> loss = linear_cross_entropy(head, x, torch.tensor([0, 3, -100, 6, 1]), v=7)
+        >>> loss.backward()
+        >>> head.weight.grad.shape
+        torch.Size([7, 4])
+    """
+    weights = [weight for weight in head.parameters() if weight.requires_grad]
+    learns = torch.is_grad_enabled() and (x.requires_grad or len(weights) > 0)
+    return _Loss.apply(head, max(_CHUNK // v, 1), learns, targets, x, *weights)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Module, rows: int, learns: bool, targets: Tensor, x: Tensor, *weights: Tensor
+    ) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss = x.new_zeros((), dtype=wide)
+        dx = torch.empty_like(x) if learns else None
+        # Parameters in a narrow dtype are summed in a wide one.
+        sums = [torch.zeros_like(weight, dtype=wide) for weight in weights] if learns else []
+        for first in range(0, x.shape[0], rows):
+            chunk = slice(first, first + rows)
+            part = x[chunk].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                logits = head(part)
+            asked = targets[chunk] != IGNORE
+            index = targets[chunk].clamp(min=0).unsqueeze(1)
+            scores = logits.detach().log_softmax(-1, dtype=wide)
+            loss -= scores.gather(1, index).squeeze(1).where(asked, 0).sum()
+            if not learns:
+                continue
+            # exp(s) - 1 at the target, 0 in rows that are not asked for.
+            scores.exp_().scatter_add_(1, index, scores.new_full(index.shape, -1))
+            dlogits = torch.mul(scores, asked.unsqueeze(1), out=torch.empty_like(logits, requires_grad=False))
+            del scores
+            dpart, *dweights = torch.autograd.grad(logits, [part, *weights], dlogits)
+            cast(Tensor, dx)[chunk] = dpart
+            for total, gradient in zip(sums, dweights, strict=True):
+                total += gradient
+        if learns:
+            ctx.save_for_backward(dx, *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, None, *(gradient * dloss for gradient in ctx.saved_tensors)

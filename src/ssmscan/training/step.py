@@ -1,0 +1,143 @@
+"""One update of the weights, which waits for nothing that the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmscan.models import SSMForCausalLM
+from ssmscan.tasks import IGNORE, Batch
+from ssmscan.training.config import TrainConfig
+
+# As many calls of a new shape come before a graph records one: kernels are compiled and launches settled by then.
+_WARMUP = 3
+
+
+class Step:
+    """Forward, loss, backward, clip and AdamW of one batch, queued on the device.
+
+    A loss or gradient that is not finite makes no update, nor does any step after it: the device itself skips them,
+    for the host reads the loss later. With float16 an infinite gradient is what tells the scale of the loss to shrink,
+    and only one at a scale of 1 or less ends the run.
+
+    Args:
+        model, optimizer: what is trained, and :func:`ssmscan.training.optim.make_optimizer` of it.
+        config: batch, precision, compilation and the rest.
+        device: that of the model.
+    """
+
+    def __init__(
+        self, model: SSMForCausalLM, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(config, device) == torch.float16)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A tensor, so that a recorded step can be told another rate.
+        self.rate = torch.zeros((), device=device)
+        self._set_rate()
+        self.halted = torch.zeros((), dtype=torch.bool, device=device)
+        self.one = torch.ones((), device=device)
+        if config.gradient_checkpointing:
+            # Its name from transformers 5.24 on, and the one before.
+            name = "activation_checkpointing_enable"
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        if config.compile:
+            for block in model.backbone.blocks:
+                block.compile()
+        self._run = Recorded(self._update) if config.cuda_graph else self._update
+
+    def _set_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self._set_rate()
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Queue the update for ``batch`` at the learning rate ``rate``.
+
+        Returns the loss, the norm of the gradient before it was clipped, and 1 where the run is halted: (3,), float32,
+        on the device.
+        """
+        self.rate.fill_(rate)
+        answers = torch.full((), float((batch.targets != IGNORE).sum()), device=self.device)
+        size = self.config.at_once
+        parts = [batch.rows(i, size).inputs(self.device) for i in range(0, batch.tokens.shape[0], size)]
+        return self._run(answers, *parts)
+
+    def _update(self, answers: Tensor, *parts: dict[str, Any]) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        for inputs in parts:
+            with autocast(self.config, self.device):
+                part = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        scale = self.scaler.scale(self.one)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
+        infinite = ~norm.isfinite()
+        self.halted |= ~loss.isfinite() | (infinite & (scale <= 1))
+        # What a GradScaler sets, and fused optimizers read on the device.
+        self.optimizer.found_inf = (self.halted | infinite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scaler.update()
+        return torch.stack([loss, norm, self.halted.float()])
+
+
+class Recorded:
+    """A function of dictionaries of tensors, launched as one CUDA graph for each shape of its arguments.
+
+    The first calls of a shape run as they are, the next one is recorded.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.calls: dict[tuple[Any, ...], int] = {}
+        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
+        given = [first, *(part for inputs in parts for part in inputs.values())]
+        key = tuple((tensor.shape, tensor.dtype) for tensor in given)
+        if key in self.graphs:
+            graph, held, result = self.graphs[key]
+            for place, tensor in zip(held, given, strict=True):
+                place.copy_(tensor, non_blocking=True)
+            graph.replay()
+            return result.clone()
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= _WARMUP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function(first, *parts)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.function(first, *parts)
+        self.graphs[key] = graph, given, result
+        graph.replay()
+        return result.clone()
+
+
+def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products."""
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's model computes."""
+    dtype = precision(config, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

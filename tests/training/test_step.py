@@ -1,0 +1,85 @@
+"""A step on a GPU: recorded as a graph, compiled, in every precision, without waiting for the device."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ssmscan.tasks import SelectiveCopying
+from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, loop
+from ssmscan.training.optim import make_optimizer
+from ssmscan.training.step import Step
+
+SMALL = TrainConfig(
+    batch_size=4,
+    task=SelectiveCopying(symbols=3, data_tokens=2, length=30),
+    model=ModelConfig(
+        mixers=["mamba2", "mamba", "attention"],
+        hidden_size=32,
+        mixer_options={"mamba2": {"headdim": 16, "d_state": 16}, "attention": {"num_heads": 2}},
+    ),
+    optim=OptimConfig(warmup=1),
+)
+
+
+def _losses(config, steps=8):
+    """The numbers of some steps, and the weights after them."""
+    device = torch.device("cuda")
+    config, model = loop._prepare(config)
+    model.to(device).train()
+    update = Step(model, make_optimizer(model, config.optim), config, device)
+    numbers = [update(config.task.batch(4, 0, i, "train"), 1e-2) for i in range(steps)]
+    return torch.stack(numbers).cpu(), [weight.detach().clone() for weight in model.parameters()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"precision": "float16"}, {"precision": "float32"}])
+def test_a_graph_is_the_step_it_records(options):
+    """The same bits, weights included, before it is recorded and after."""
+    eager, weights = _losses(replace(SMALL, **options))
+    recorded, replayed = _losses(replace(SMALL, cuda_graph=True, **options))
+    assert torch.equal(eager, recorded)
+    assert all(map(torch.equal, weights, replayed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"micro_batch_size": 1}, {"compile": True}])
+def test_a_step_with(options):
+    expected, _ = _losses(SMALL)
+    found, _ = _losses(replace(SMALL, **options))
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=2e-2, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait():
+    config, model = loop._prepare(SMALL)
+    model.to("cuda").train()
+    update = Step(model, make_optimizer(model, config.optim), config, torch.device("cuda"))
+    batches = [config.task.batch(4, 0, i, "train") for i in range(6)]
+    for batch in batches[:3]:
+        update(batch, 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[3:]:
+            update(batch, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_trains_on_a_gpu(tmp_path, cuda_graph):
+    """The loop itself, resumed too."""
+    config = replace(
+        SMALL, out=str(tmp_path), steps=12, eval_every=6, save_every=6, log_every=1, eval_tokens=64,
+        cuda_graph=cuda_graph,
+    )  # fmt: skip
+    metrics = loop.train(config)
+    (tmp_path / "metrics.json").unlink()
+    torch.random.manual_seed(7)
+    for name in ("step_00000012",):
+        for path in (tmp_path / "checkpoints" / name).iterdir():
+            path.unlink()
+    with pytest.warns(UserWarning, match="step_00000012 is broken"):
+        again = loop.train(config, resume=True)
+    assert again.evaluation == pytest.approx(metrics.evaluation, rel=1e-3)
