@@ -10,7 +10,7 @@ KEYS, VALUES, NOISE = 6, 4, 10
 
 @pytest.mark.parametrize("length", [9, 10, 20])
 def test_an_example(length):
-    task = AssociativeRecall(pairs=3, keys=KEYS, values=VALUES, length=length)
+    task = AssociativeRecall(pairs=3, key_symbols=KEYS, value_symbols=VALUES, length=length)
     tokens, targets, _ = task.batch(100, seed=0, index=0, split="train")
     assert task.vocab_size == NOISE + 1
     assert tokens.shape == targets.shape == (100, length)
@@ -32,7 +32,7 @@ def test_an_example(length):
 @pytest.mark.parametrize("power", [1, 0.5, 0.01])
 def test_places_of_a_query(power):
     """A single query is the g-th token behind the pair with a probability in proportion to g^(power - 1)."""
-    task = AssociativeRecall(pairs=1, keys=2, values=1, length=12, power=power)
+    task = AssociativeRecall(pairs=1, key_symbols=2, value_symbols=1, length=12, power=power)
     tokens = task.batch(20_000, seed=0, index=0, split="train").tokens[:, 2:]
     share = (tokens != 3).double().mean(0)
     expected = torch.arange(1, 11).double() ** (power - 1)
@@ -41,7 +41,7 @@ def test_places_of_a_query(power):
 
 
 def test_any_key_comes_first():
-    task = AssociativeRecall(pairs=3, keys=3, values=1, length=9)
+    task = AssociativeRecall(pairs=3, key_symbols=3, value_symbols=1, length=9)
     tokens = task.batch(3000, seed=0, index=0, split="train").tokens
     orders = (tokens[:, 6:, None] == tokens[:, None, 0:6:2]).int().argmax(2)
     kinds, counts = orders.unique(dim=0, return_counts=True)
@@ -51,7 +51,7 @@ def test_any_key_comes_first():
 
 
 def test_rendering():
-    task = AssociativeRecall(pairs=2, keys=KEYS, values=VALUES, length=9)
+    task = AssociativeRecall(pairs=2, key_symbols=KEYS, value_symbols=VALUES, length=9)
     tokens = torch.tensor([4, 9, 1, 6, NOISE, 1, NOISE, NOISE, 4])
     targets = torch.tensor([IGNORE] * 5 + [6, IGNORE, IGNORE, 9])
     predictions = torch.tensor([0] * 5 + [6, 0, 0, NOISE])
@@ -66,11 +66,11 @@ def test_rendering():
     ("options", "part"),
     [
         ({"pairs": 0}, "pairs must be at least 1, got 0"),
-        ({"pairs": 5, "keys": 4}, "pairs must be 1 to keys = 4, got 5"),
+        ({"pairs": 5, "key_symbols": 4}, "pairs must be 1 to key_symbols = 4, got 5"),
         ({"pairs": 1.5}, "pairs must be an integer, got 1.5"),
-        ({"keys": True}, "keys must be an integer, got True"),
-        ({"values": 0}, "values must be at least 1, got 0"),
-        ({"values": "3"}, "values must be an integer, got '3'"),
+        ({"key_symbols": True}, "key_symbols must be an integer, got True"),
+        ({"value_symbols": 0}, "value_symbols must be at least 1, got 0"),
+        ({"value_symbols": "3"}, "value_symbols must be an integer, got '3'"),
         ({"pairs": 5, "length": 14}, "length must be at least 3 · pairs = 15, got 14"),
         ({"length": 30.0}, "length must be an integer, got 30.0"),
         ({"power": 0}, r"power must be in \(0, 1\], got 0"),

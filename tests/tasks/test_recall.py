@@ -22,7 +22,7 @@ SMALL = {
     "copying": Copying(symbols=5, data_tokens=3, length=10),
     "selective_copying": SelectiveCopying(symbols=5, data_tokens=3, length=10),
     "induction_heads": InductionHeads(symbols=5, length=12, shortest=5, test_lengths=(9,), test_examples=2),
-    "associative_recall": AssociativeRecall(pairs=2, keys=4, values=3, length=12),
+    "associative_recall": AssociativeRecall(pairs=2, key_symbols=4, value_symbols=3, length=12),
 }
 OPTIONS = {
     "mamba": {"d_state": 4},

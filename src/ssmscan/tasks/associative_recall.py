@@ -16,15 +16,15 @@ from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
 class AssociativeRecall(Task):
     """Pairs of a key and its value, then noise tokens among which each key stands once more.
 
-    Tokens 0 … keys-1 are keys, the next ``values`` ones are values, and the last token is noise. The keys of an example
-    differ, its values need not. Where a key stands again the answer is its value, which is never fed back. The places
-    of these queries are drawn one after the other from those that are free, the g-th behind the pairs with a
+    Tokens 0 … key_symbols-1 are keys, the next ``value_symbols`` ones values, and the last token is noise. The keys of
+    an example differ, its values need not. Where a key stands again the answer is its value, which is never fed back.
+    The places of these queries are drawn one after the other from those that are free, the g-th behind the pairs with a
     probability in proportion to g^(power - 1); which key stands at which is random.
 
     Args:
-        pairs: in an example, 1 to keys.
-        keys: number of keys.
-        values: number of values.
+        pairs: of a key and a value in an example, 1 to key_symbols.
+        key_symbols: number of keys.
+        value_symbols: number of values.
         length: of an example, at least 3 · pairs (tokens).
         power: in (0, 1]: 1 is uniform places, and the smaller it is, the more of the queries come early.
 
@@ -37,7 +37,7 @@ class AssociativeRecall(Task):
 
     Example:
         >>> from ssmscan.tasks import AssociativeRecall
-        >>> task = AssociativeRecall(pairs=2, keys=3, values=3, length=8)
+        >>> task = AssociativeRecall(pairs=2, key_symbols=3, value_symbols=3, length=8)
         >>> batch = task.batch(size=1, seed=0, index=0, split="train")
         >>> batch.tokens[0].tolist()
         [0, 3, 2, 4, 0, 6, 2, 6]
@@ -48,16 +48,16 @@ class AssociativeRecall(Task):
     name: ClassVar[str] = "associative_recall"
 
     pairs: int = 8
-    keys: int = 64
-    values: int = 64
+    key_symbols: int = 64
+    value_symbols: int = 64
     length: int = 64
     power: float = 0.01
 
     def __post_init__(self) -> None:
-        for field in ("pairs", "keys", "values", "length"):
+        for field in ("pairs", "key_symbols", "value_symbols", "length"):
             check_integer(self.name, field, getattr(self, field), 1)
-        if self.pairs > self.keys:
-            raise ValueError(error(self.name, f"pairs must be 1 to keys = {self.keys}", self.pairs))
+        if self.pairs > self.key_symbols:
+            raise ValueError(error(self.name, f"pairs must be 1 to key_symbols = {self.key_symbols}", self.pairs))
         if self.length < 3 * self.pairs:
             raise ValueError(error(self.name, f"length must be at least 3 · pairs = {3 * self.pairs}", self.length))
         if not 0 < self.power <= 1:
@@ -65,15 +65,15 @@ class AssociativeRecall(Task):
 
     @property
     def noise(self) -> int:
-        return self.keys + self.values
+        return self.key_symbols + self.value_symbols
 
     @property
     def title(self) -> str:
-        return f"associative recall: {self.pairs} pairs of {self.keys} keys and {self.values} values in {self.length}"
+        return f"associative recall: {self.pairs} pairs of {self.key_symbols} keys in {self.length}"
 
     @property
     def vocab_size(self) -> int:
-        return self.keys + self.values + 1
+        return self.key_symbols + self.value_symbols + 1
 
     @property
     def example_length(self) -> int:
@@ -81,8 +81,8 @@ class AssociativeRecall(Task):
 
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
         random = generator(seed, index, split)
-        keys = np.stack([random.choice(self.keys, self.pairs, replace=False) for _ in range(size)])
-        values = self.keys + random.integers(self.values, size=keys.shape)
+        keys = np.stack([random.choice(self.key_symbols, self.pairs, replace=False) for _ in range(size)])
+        values = self.key_symbols + random.integers(self.value_symbols, size=keys.shape)
         places = self._places(random, size)
         tokens = np.full((size, self.length), self.noise)
         tokens[:, 0 : 2 * self.pairs : 2] = keys
@@ -110,4 +110,4 @@ class AssociativeRecall(Task):
     def _word(self, token: int) -> str:
         if token == self.noise:
             return "."
-        return f"k{token}" if token < self.keys else f"v{token - self.keys}"
+        return f"k{token}" if token < self.key_symbols else f"v{token - self.key_symbols}"

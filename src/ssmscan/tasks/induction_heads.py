@@ -38,8 +38,9 @@ class InductionHeads(Task):
     Args:
         symbols: number of symbols, 1 to 62 (a letter or digit each when rendered).
         length: of an example, at least 3 (tokens).
-        shortest: where given, all training examples of a batch have a length drawn log-uniformly from this, at least 3,
-            to ``length`` (tokens): the short ones are learned first, and the long ones teach to ignore what is between.
+        shortest: at least 3 (tokens); where given, the examples of a training batch all have one of the lengths
+            ``length``, ``length // 2``, ``length // 4``, … that are not below it. What the short ones teach early, the
+            long ones then extend.
         test_lengths: of examples in the examination, at least 3 each (tokens); () is no examination.
         test_examples: of each such length (examples).
 
@@ -99,7 +100,7 @@ class InductionHeads(Task):
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
         random, length = generator(seed, index, split), self.length
         if self.shortest is not None and split == "train":
-            length = round(np.exp(random.uniform(np.log(self.shortest), np.log(length))))
+            length >>= int(random.integers((length // self.shortest).bit_length()))
         examples = _Examples(self, random, size, length)
         tokens = examples.read(length)
         targets = torch.full_like(tokens, IGNORE)
