@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +264,8 @@ class Attention(Mixer):
         k, v = (part.to(q.dtype)[0].repeat_interleave(sharing, 1) for part in (k, v))
         before = -1 if self.window is None else self.window - 1
         window = (before, 0 if self.causal else before)
-        return varlen_attn(q[0], k, v, bounds, bounds, l, l, window_size=window).unsqueeze(0)
+        y = varlen_attn(q[0], k, v, bounds, bounds, l, l, window_size=window)
+        return cast(Tensor, y).unsqueeze(0)
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"

@@ -42,13 +42,16 @@ class Batch(NamedTuple):
         """The arguments of :class:`ssmscan.models.SSMForCausalLM`, on ``device``.
 
         Rows of several documents become one row of packed sequences, so that no state passes from one to the next.
+        Empty sequences at its end make their number a power of 2: few shapes come, for which kernels are launched from
+        a record.
         """
         tokens, targets, cu_seqlens = self.tokens, self.targets, None
         if self.starts is not None:
             bounds = self.starts.clone()
             bounds[:, 0] = True
-            ends = torch.tensor([tokens.numel()])
-            cu_seqlens = torch.cat([bounds.flatten().nonzero().flatten(), ends]).to(torch.int32)
+            first = bounds.flatten().nonzero().flatten()
+            room = 1 << (len(first) - 1).bit_length()
+            cu_seqlens = F.pad(first, (0, room + 1 - len(first)), value=tokens.numel()).to(torch.int32)
             tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         named = {"input_ids": tokens, "shift_labels": targets, "cu_seqlens": cu_seqlens}
         # From pinned memory the host does not wait for the copy.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from triton.compiler import max_shared_mem
+from triton.compiler.compiler import max_shared_mem  # in triton.compiler only from 3.7 on
 
 from ssmscan.shapes import error
 
