@@ -15,10 +15,11 @@ test: $(VENV)/installed
 slow: $(VENV)/installed
 	$(BIN)/pytest -n auto -m "slow and not gpu"
 
-# The models on the oldest transformers that they support, which is put beside the environment and not into it.
+# On the oldest transformers and Triton that are supported, put beside the environment and not into it: the models, and
+# the kernels as Triton compiles them.
 oldest: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .oldest transformers==5.17.0 "huggingface_hub<2" httpx httpcore certifi
-	PYTHONPATH=.oldest $(BIN)/pytest -n auto -m "not gpu and not slow" tests/models
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .oldest transformers==5.17.0 triton==3.6.0 "huggingface_hub<2" httpx httpcore certifi
+	PYTHONPATH=.oldest $(BIN)/pytest -n auto -m "not gpu and not slow" tests/models tests/ops/test_architectures.py tests/benchmarks/test_sass.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

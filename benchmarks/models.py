@@ -12,10 +12,12 @@ device's is about that of a step as a graph.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,8 +26,7 @@ from torch import Tensor, nn
 from ssmscan import causal_conv1d, gated_rms_norm, ssd
 from ssmscan.bench.result import commit, machine, now, versions
 from ssmscan.models import SSMForCausalLM, preset
-from ssmscan.tasks import Batch, Split, Task
-from ssmscan.tasks.task import generator
+from ssmscan.tasks import Batch
 from ssmscan.training import TrainConfig
 from ssmscan.training.optim import make_optimizer
 from ssmscan.training.step import Recorded, Step
@@ -60,30 +61,9 @@ class Blocks(nn.Module):
         return x
 
 
-class Random(Task):
-    """Tokens of which each is to be foretold, drawn at random once."""
-
-    name = "random"
-
-    def __init__(self, v: int, length: int) -> None:
-        self.v, self.length = v, length
-
-    vocab_size = property(lambda self: self.v)
-    example_length = property(lambda self: self.length)
-    title = "random tokens"
-
-    def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
-        tokens = torch.from_numpy(generator(seed, index, split).integers(self.v, size=(size, self.length + 1)))
-        return Batch(tokens[:, :-1], tokens[:, 1:])
-
-    def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
-        return str(predictions.tolist())
-
-
-def blocks_step(batch: int, length: int, mode: str) -> Callable[[], object]:
-    """A forward and backward of :class:`Blocks`."""
+def blocks_steps(mode: str) -> Callable[[int, int], Callable[[], object]]:
+    """From batch and length to a forward and backward of :class:`Blocks`."""
     model = Blocks().cuda()
-    x = torch.randn(batch, length, 768, device="cuda")
     if mode.startswith("compiled"):
         model.compile()
 
@@ -95,25 +75,32 @@ def blocks_step(batch: int, length: int, mode: str) -> Callable[[], object]:
         return loss.detach()
 
     launch = Recorded(step) if mode.endswith("graph") else step
-    return lambda: launch(x)
+
+    def step_of(batch: int, length: int) -> Callable[[], object]:
+        x = torch.randn(batch, length, 768, device="cuda")
+        return lambda: launch(x)
+
+    return step_of
 
 
-def training_step(name: str, batch: int, length: int, mode: str, checkpointing: bool) -> Callable[[], object]:
-    """What a run does for one batch: a forward and backward under bfloat16 autocast, clip, AdamW."""
-    shape = preset(name)
-    model = SSMForCausalLM(shape).train()
+def training_steps(name: str, batch: int, mode: str, checkpointing: bool) -> Callable[[int, int], Callable[[], object]]:
+    """From batch and length to what a run does for one batch: forward, backward, clip and AdamW, in bfloat16."""
+    model = SSMForCausalLM(preset(name)).train()
     nn.Module.cuda(model)
     config = TrainConfig(
         batch_size=batch,
-        task=Random(shape.vocab_size, length),
         precision="bfloat16",
         compile=mode.startswith("compiled"),
         cuda_graph=mode.endswith("graph"),
         gradient_checkpointing=checkpointing,
     )
     update = Step(model, make_optimizer(model, config.optim), config, torch.device("cuda"))
-    tokens = config.task.batch(batch, 0, 0, "train")
-    return lambda: update(tokens, 1e-4)
+
+    def step_of(batch: int, length: int) -> Callable[[], object]:
+        tokens = torch.randint(model.config.vocab_size, (batch, length + 1))
+        return lambda: update(Batch(tokens[:, :-1], tokens[:, 1:]), 1e-4)
+
+    return step_of
 
 
 def wall_ms(step: Callable[[], object], repeats: int) -> float:
@@ -139,22 +126,14 @@ def host_ms(step: Callable[[], object], repeats: int = 15) -> float:
 
 
 def measure(name: str, batch: int, length: int, mode: str, checkpointing: bool) -> dict[str, object]:
-    def step_of(batch: int, length: int) -> Callable[[], object]:
-        if name == "blocks":
-            return blocks_step(batch, length, mode)
-        return training_step(name, batch, length, mode, checkpointing)
-
-    short = step_of(1, SHORT)
+    step_of = blocks_steps(mode) if name == "blocks" else training_steps(name, batch, mode, checkpointing)
+    short, step = step_of(1, SHORT), step_of(batch, length)
     for _ in range(6):
         short()
     host = host_ms(short)
-    del short
-    torch.cuda.empty_cache()
-    step = step_of(batch, length)
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(6):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     whole = wall_ms(step, 7)
     return {
         "model": name,
@@ -172,19 +151,21 @@ def measure(name: str, batch: int, length: int, mode: str, checkpointing: bool) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--batch", type=int, default=8, help="sequences (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8], help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--mode", default="eager", choices=MODES, help="(default: %(default)s)")
+    parser.add_argument("--mode", nargs="+", default=["eager"], choices=MODES, help="(default: %(default)s)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--out", type=Path, help="folder of <gpu>/models.json, whose rows of these models are replaced")
     parser.add_argument("--commit", help="commit to record; without it, git is asked")
     given = parser.parse_args()
     rows = []
-    for name in given.models:
-        row = measure(name, given.batch, given.length, given.mode, given.checkpointing)
+    for name, batch, mode in product(given.models, given.batch, given.mode):
+        row = measure(name, batch, given.length, mode, given.checkpointing)
         print(json.dumps(row))
         rows.append({**row, "commit": given.commit or commit(), "torch": versions()[0], "date": now()})
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.compiler.reset()
     if given.out is not None:
         path = given.out / machine("cuda") / "models.json"
         path.parent.mkdir(parents=True, exist_ok=True)

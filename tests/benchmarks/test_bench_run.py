@@ -130,6 +130,22 @@ def test_drawn_rows_differ(monkeypatch):
     assert not torch.equal(tensors["x"][0], tensors["x"][1])
 
 
+def test_a_sweep_is_drawn_once(monkeypatch):
+    """Its rows have the same tokens, cut into sequences of other lengths."""
+    monkeypatch.setattr(run, "TOKENS", 7)
+    drawn = []
+
+    def inputs(size, generator):
+        drawn.append(size)
+        return CASE.inputs(size, generator)
+
+    case = replace(CASE, inputs=inputs)
+    rows = [Benchmark("length sweep", {"b": b, "l": l, "d": 3}, ALL, torch.float32) for b, l in ((4, 5), (2, 10))]
+    short, long = (run.draw(case, row, "cpu").tensors["x"] for row in rows)
+    assert len(drawn) == 1
+    assert torch.equal(short.flatten(0, 1), long.flatten(0, 1))
+
+
 def test_arithmetic_floor():
     case = replace(CASE, floor_ms=lambda size, direction: 5.0)
     assert run._arithmetic_ms(case, case.benchmarks[0], "fwd", "cuda") == 5.0

@@ -54,6 +54,13 @@ def test_loops(op, kernel, most, compiler):
     assert {kind: found[kind] for kind in most if found[kind] > most[kind]} == {}
 
 
+def test_sums_stay_where_they_are_loaded(compiler):
+    """The sums of dB and dC over programs move between lanes after the loop, not in it."""
+    found = compiler(_counts, "selective_scan", "separate_states")
+    assert found["LDG"] >= 4
+    assert not found["BAR"] + found["SHFL"] + found["stack"]
+
+
 def test_prints():
     """What bounds a kernel, and the shared memory of an RTX 40."""
     printed = _run("s4d", "--variant", "recurrent, fp32", "--target", "89", "--kernel", "gram").stdout

@@ -45,6 +45,40 @@ def test_unlikely_targets_stay_finite():
     assert torch.autograd.grad(found, x)[0].item() == 500
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("v", [1, 13, 5000])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernel(device, dtype, v):
+    """Against float64, in the interpreter and on a GPU; logits of any size, one row with nothing to foretell."""
+    loss_kernel = pytest.importorskip("ssmscan.models.loss_kernel", reason="needs Triton, which Linux has")
+    torch.manual_seed(0)
+    logits = (30 * torch.randn(6, v)).to(dtype)
+    logits[1, : v // 2] = float("-inf")
+    targets = torch.randint(v // 2, v, (6,))
+    targets[2] = -100
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    losses, dlogits = loss_kernel.cross_entropy(logits.to(device), targets.to(device), -100)
+    bound = torch.finfo(dtype).eps
+    assert dlogits.dtype == dtype
+    torch.testing.assert_close(losses.cpu().double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    # The logarithm of a sum near exp(100) is known to half of 7.6e-6.
+    torch.testing.assert_close(dlogits.cpu().double(), gradient, rtol=2 * bound, atol=8e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernel_tells_what_is_not_a_number(device):
+    """A logit, and a target that is no token: NaN, which ends a run."""
+    loss_kernel = pytest.importorskip("ssmscan.models.loss_kernel", reason="needs Triton, which Linux has")
+    logits = torch.zeros(5, V, device=device)
+    logits[0, 3], logits[1, 4] = float("nan"), float("inf")
+    losses, _ = loss_kernel.cross_entropy(logits, torch.tensor([0, 0, V, -1, 2], device=device), -100)
+    assert losses.isnan().tolist() == [True, True, True, True, False]
+
+
 def test_nothing_to_foretell():
     head, x = nn.Linear(6, V), torch.randn(4, 6, requires_grad=True)
     found = linear_cross_entropy(head, x, torch.full((4,), -100), V)

@@ -43,6 +43,8 @@ def test_a_graph_is_the_step_it_records(options):
 
 
 @pytest.mark.gpu
+# PyTorch's compiler looks at the gradients of tensors that have none.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"micro_batch_size": 1}, {"compile": True}])
 def test_a_step_with(options):
     expected, _ = _losses(SMALL)
@@ -51,6 +53,7 @@ def test_a_step_with(options):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait():
     config, model = loop._prepare(SMALL)
     model.to("cuda").train()

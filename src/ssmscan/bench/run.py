@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ssmscan.bench import gate, measure
 from ssmscan.bench.report import axes, show
 from ssmscan.bench.result import DIRECTIONS, HEADLINE, STEP, SWEEP, Result, Row, commit, machine, now, versions
 from ssmscan.shapes import error
-from ssmscan.testing import Benchmark, Call, OpCase, assert_close
+from ssmscan.testing import Benchmark, Call, OpCase, Option, assert_close
 
 # Inputs repeat after this many tokens, since drawing takes longer than timing. A prime: whatever is read from the wrong
 # tile, segment or batch row has other values there, and the check at full size sees it.
@@ -215,7 +215,8 @@ def draw(case: OpCase, benchmark: Benchmark, device: str) -> Call:
     """The benchmark's call, its tokens repeated from a short stream of them."""
     b, length = benchmark.size["b"], benchmark.size["l"]
     drawn = min(b * length, TOKENS)
-    call = case.call(benchmark.option, {**benchmark.size, "b": 1, "l": drawn}).cast(benchmark.dtype, device)
+    size = {**benchmark.size, "b": 1, "l": drawn}
+    call = _stream(case, benchmark.option, tuple(size.items()), benchmark.dtype).to(device)
 
     def fill(tensor: Tensor) -> Tensor:
         repeats = -(-b * length // drawn)
@@ -223,6 +224,12 @@ def draw(case: OpCase, benchmark: Benchmark, device: str) -> Call:
         return stream.reshape(b, length, *tensor.shape[2:])
 
     return call.each(fill)
+
+
+@lru_cache(maxsize=1)
+def _stream(case: OpCase, option: Option, size: tuple[tuple[str, int], ...], dtype: torch.dtype) -> Call:
+    """Tokens on the CPU; the rows of a sweep, one after the other, are of the same ones."""
+    return case.call(option, dict(size)).cast(dtype)
 
 
 def _able(benchmark: Benchmark, backends: Sequence[str]) -> Sequence[str]:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ssmscan.backend import why_not
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 IGNORE = -100
 
-# Logits of one chunk: half a gigabyte in float32.
+# Logits of one chunk: a quarter of a gigabyte in bfloat16.
 _CHUNK = 2**27
 
 
@@ -23,7 +25,7 @@ def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[
         Σᵢ log Σⱼ exp(sᵢⱼ) − sᵢₜ,   s = head(x), t = targetsᵢ
 
     The gradient is computed along with the loss and kept, which is that of x and of the head's parameters. So one
-    chunk's logits exist at a time, once in their own dtype and once in float32, and no product is computed twice.
+    chunk's logits and their gradient exist at a time, and no product is computed twice.
 
     Args:
         head: from the stream to the logits; any module, an adapter's for example.
@@ -65,20 +67,15 @@ class _Loss(torch.autograd.Function):
             part = x[chunk].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = head(part)
-            asked = targets[chunk] != IGNORE
-            index = targets[chunk].clamp(min=0).unsqueeze(1)
-            scores = logits.detach().log_softmax(-1, dtype=wide)
-            loss -= scores.gather(1, index).squeeze(1).where(asked, 0).sum()
-            if not learns:
-                continue
-            # exp(s) - 1 at the target, 0 in rows that are not asked for.
-            scores.exp_().scatter_add_(1, index, scores.new_full(index.shape, -1))
-            dlogits = torch.mul(scores, asked.unsqueeze(1), out=torch.empty_like(logits, requires_grad=False))
-            del scores
-            dpart, *dweights = torch.autograd.grad(logits, [part, *weights], dlogits)
-            cast(Tensor, dx)[chunk] = dpart
-            for total, gradient in zip(sums, dweights, strict=True):
-                total += gradient
+            losses, dlogits = cross_entropy(logits.detach(), targets[chunk])
+            loss += losses.sum()
+            if learns:
+                # In this thread, for a forward has nothing to overlap with.
+                with torch.autograd.set_multithreading_enabled(False):
+                    dpart, *dweights = torch.autograd.grad(logits, [part, *weights], dlogits)
+                cast(Tensor, dx)[chunk] = dpart
+                for total, gradient in zip(sums, dweights, strict=True):
+                    total += gradient
         if learns:
             ctx.save_for_backward(dx, *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)))
         return loss
@@ -87,3 +84,18 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, None, None, *(gradient * dloss for gradient in ctx.saved_tensors)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss (n,) of each row of logits (n, v), in float32 or wider, and its gradient by them, in their dtype."""
+    if logits.is_cuda and why_not("triton", "cuda", logits.dtype) is None:
+        from ssmscan.models import loss_kernel
+
+        return loss_kernel.cross_entropy(logits, targets, IGNORE)
+    asked = targets != IGNORE
+    index = targets.clamp(min=0).unsqueeze(1)
+    scores = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = -scores.gather(1, index).squeeze(1).where(asked, 0)
+    # exp(s) - 1 at the target, 0 in rows that are not asked for.
+    scores.exp_().scatter_add_(1, index, scores.new_full(index.shape, -1))
+    return losses, torch.mul(scores, asked.unsqueeze(1), out=torch.empty_like(logits))

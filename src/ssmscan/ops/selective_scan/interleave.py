@@ -42,17 +42,18 @@ def separate_states(
     parts, dB, dC, L, n, groups, programs, blocks, REVERSE: tl.constexpr, N: tl.constexpr, CHANNELS: tl.constexpr,
     SUMS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC, (b, l, g, n), from the ``parts`` that programs of different channels have left, added in order."""
+    """dB and dC, (b, l, g, n), from the ``parts`` that programs of different channels have left; the order is fixed."""
     E: tl.constexpr = 8 // CHANNELS
     owner = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * SUMS + tl.arange(0, SUMS)
     size = tl.cdiv(L, 4) * (8 * N)
-    total = tl.zeros((SUMS,), tl.float32)
+    totals = tl.zeros((PARTS, SUMS), tl.float32)
     for first in range(0, programs, PARTS):
         program = first + tl.arange(0, PARTS)
         part = (owner.to(tl.int64) * programs + program) * size
         mask = (program < programs)[:, None] & (at < size)[None, :]
-        total += tl.sum(tl.load(parts + part[:, None] + at[None, :], mask=mask, other=0.0), 0)
+        totals += tl.load(parts + part[:, None] + at[None, :], mask=mask, other=0.0)
+    total = tl.sum(totals, 0)
     # Four steps, E numbers, a quarter of the states, the channels side by side in a warp.
     step = at // (8 * N) * 4 + at % 4
     eighth = at // (N * E) % CHANNELS * E + at // 4 % E
