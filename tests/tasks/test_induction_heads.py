@@ -1,8 +1,12 @@
 """Induction heads: what an example is, mixed lengths, the examination, the rendering, the refusals."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from ssmscan import cli
 from ssmscan.models import SSMConfig, SSMForCausalLM
 from ssmscan.tasks import IGNORE, InductionHeads, induction_heads
 
@@ -160,3 +164,18 @@ def test_rendering():
 def test_refusals(options, part):
     with pytest.raises(TypeError if "integer" in part else ValueError, match=f"induction_heads: {part}"):
         InductionHeads(**options)
+
+
+def test_a_run_writes_its_examination_down(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(
+        "{steps: 2, batch_size: 2, eval_tokens: 8, out: run, device: cpu, optim: {warmup: 1}, "
+        "task: {name: induction_heads, symbols: 3, length: 8, shortest: 4, test_lengths: [8, 20], test_examples: 4}, "
+        "model: {mixers: gated_ssm, layers: 1, hidden_size: 4, mixer_options: {gated_ssm: {expand: 1}}}}"
+    )
+    assert cli.main(["train", "--config", "tiny.yaml"]) == 0
+    examination = json.loads(Path("run/metrics.json").read_text())["examination"]
+    assert examination.keys() == {"accuracy_at_8", "accuracy_at_20"}
+    assert all(accuracy in (0, 0.25, 0.5, 0.75, 1) for accuracy in examination.values())
+    assert cli.main(["train", "--config", "run/config.yaml", "--out", "again", "--task.test_lengths", "[]"]) == 0
+    assert json.loads(Path("again/metrics.json").read_text())["examination"] == {}
