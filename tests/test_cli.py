@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 import ssmscan_main
 from ssmscan import cli
 from ssmscan.models import load_pretrained
+from ssmscan.tasks import TASKS
 from ssmscan.training import checkpoint, loop, report
 from ssmscan.training.options import train_config, train_parser
 
@@ -250,7 +251,7 @@ def test_a_failed_run(here, capsys):
             "train --task.name text --task.data absent.txt",
             "text: data must name files, got absent.txt, which matches none.",
         ),
-        ("train --task.name sorting", "train: task.name must be one of copying, selective_copying, text, got sorting."),
+        ("train --task.name sorting", f"train: task.name must be one of {', '.join(TASKS)}, got sorting."),
         ("train --task.length 4", "selective_copying: data_tokens must be 1 to length = 4, got 8"),
         ("train --config absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
         ("train --config=absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
