@@ -33,8 +33,8 @@ class Sampling:
         >>> import torch
         >>> from ssmscan.generation import Sampling
         >>> scores = torch.tensor([[1.0, 3.0, 2.0]])
-        >>> Sampling(temperature=0.5, top_k=2).probabilities(scores).round(decimals=2).tolist()
-        [[0.0, 0.88..., 0.12...]]
+        >>> (100 * Sampling(temperature=0.5, top_k=2).probabilities(scores)).round().int().tolist()
+        [[0, 88, 12]]
     """
 
     temperature: float = 0.0
