@@ -53,7 +53,7 @@ def test_trains(here, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "answer    " in out
-    assert re.search(r"\nloss \d\.\d{4}, accuracy 0\.\d{4} on fresh data after 4 steps", out)
+    assert re.search(r"\nloss \d\.\d{4}, accuracy 0\.\d{4}; held out, after 4 steps", out)
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] == 4
     assert "lr: 0.001\n" in Path("run/config.yaml").read_text()

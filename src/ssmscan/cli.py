@@ -118,9 +118,11 @@ def _train(config: TrainConfig, resume: bool) -> int:
 
     try:
         metrics = train(config, resume)
-        measured = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.evaluation.items())
+        measured = _told(metrics.evaluation)
+        if metrics.examination:
+            measured += f"; examined: {_told(metrics.examination)}"
         print(
-            f"{measured} on fresh data after {metrics.steps} steps in {metrics.seconds:.0f} s; "
+            f"{measured}; held out, after {metrics.steps} steps in {metrics.seconds:.0f} s; "
             f"config, log, plot, metrics and model are in {config.out}",
             flush=True,
         )
@@ -136,6 +138,10 @@ def _train(config: TrainConfig, resume: bool) -> int:
     except KeyboardInterrupt:
         return _fail(f"train: interrupted.{_how_to_go_on(config)}", INTERRUPTED)
     return 0
+
+
+def _told(measures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())
 
 
 def _how_to_go_on(config: TrainConfig) -> str:

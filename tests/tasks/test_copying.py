@@ -71,3 +71,11 @@ def test_rendering():
 def test_refusals(arguments, part):
     with pytest.raises(TypeError if "an integer" in part else ValueError, match=part):
         Copying(*arguments)
+
+
+def test_a_long_sequence_is_shown_in_part():
+    task = Copying(symbols=4, data_tokens=1, length=1000)
+    tokens, targets, _ = task.batch(1, 0, 0, "eval")
+    first, *others = task.render(tokens[0], targets[0], targets[0]).splitlines()
+    assert first.endswith(f"{'.' * 59} … 880 more … {'.' * 60}")
+    assert len(others) == 2

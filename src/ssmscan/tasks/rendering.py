@@ -9,6 +9,8 @@ from ssmscan.tasks.task import IGNORE
 
 # A symbol each.
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+# Of a longer sequence so much is shown of its beginning, and of its end (characters).
+_SHOWN = 60
 
 
 def show_recall(sequence: str, targets: Tensor, predictions: Tensor, name: Callable[[int], str]) -> str:
@@ -16,6 +18,9 @@ def show_recall(sequence: str, targets: Tensor, predictions: Tensor, name: Calla
     asked = targets != IGNORE
     answer, given = targets[asked].tolist(), predictions[asked].tolist()
     right = sum(a == g for a, g in zip(answer, given, strict=True))
+    if len(sequence) > 3 * _SHOWN:
+        left_out = len(sequence) - 2 * _SHOWN
+        sequence = f"{sequence[:_SHOWN]} … {left_out} more … {sequence[-_SHOWN:]}"
     rows = (
         ("sequence", sequence),
         ("answer", " ".join(map(name, answer))),

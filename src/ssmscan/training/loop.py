@@ -75,6 +75,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
             for batch in batches(config, step):
                 late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))
                 step += 1
+                clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
                 saves = step % config.save_every == 0 or clock.save_is_due()
                 for read, numbers in late.take(everything=evaluates or saves):
@@ -84,7 +85,6 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                             f"train: loss must be finite, got {loss:g} with a gradient of norm {norm:g} at step "
                             f"{read}. The update was not made; try a smaller --optim.lr."
                         )
-                    clock.tokens += batch.tokens.numel()
                     report.advance(read)
                     if read % config.log_every == 0:
                         rate = learning_rate(read - 1, config.steps, config.optim)
