@@ -6,18 +6,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd
+from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
 from ssmscan.distributed.handover import handover, with_backward_of
 from ssmscan.shapes import INDEX, error
 
-SCANS = (linear_scan, matrix_scan, selective_scan, ssd, rg_lru, s4d)
+OPERATIONS = (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
 
 
-def context_parallel(
-    op: Callable[..., tuple[Tensor, Tensor]], *args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
     """Run a sequence operation over a sequence that is split over the ranks of ``group``, in their order.
 
         h_{r+1} = P_r · h_r + s_r,    y_r = op(x_r, h0 = h_r)
@@ -27,14 +26,15 @@ def context_parallel(
     state that enters it. A backward has a collective of its own.
 
     Args:
-        op: one of linear_scan, matrix_scan, selective_scan, ssd, rg_lru, s4d and causal_conv1d.
+        op: one of linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d and causal_conv1d.
         args, kwargs: its arguments. Those with a time axis are this rank's stretch of them, of any length, none too.
             All others are the same on every rank; cu_seqlens are the bounds in the whole sequence, h0 is the state
             that enters it.
         group: the ranks; None is all.
 
     Returns:
-        y of this rank's stretch, and the state after the whole sequence, the same on every rank.
+        y of this rank's stretch, and the state after the whole sequence, the same on every rank; of ssd_bidirectional
+        y alone.
 
     Gradients of the tensors with a time axis are whole. Those of the others are this rank's share, to be summed over
     the ranks as in data parallelism; that of h0 comes on the rank that the scan begins at.
@@ -58,12 +58,13 @@ def context_parallel(
     """
     group = group or dist.group.WORLD
     assert group is not None
-    name = getattr(op, "__name__", str(op))
-    if op not in (*SCANS, causal_conv1d):
-        known = ", ".join(one.__name__ for one in (*SCANS, causal_conv1d))
-        raise NotImplementedError(error("context_parallel", f"op must be one of {known}", name))
+    if op not in OPERATIONS:
+        known = ", ".join(one.__name__ for one in OPERATIONS)
+        raise NotImplementedError(error("context_parallel", f"op must be one of {known}", getattr(op, "__name__", op)))
     bound = inspect.signature(op).bind(*args, **kwargs)
     given = bound.arguments
+    if op is ssd_bidirectional:
+        return _bidirectional(group, **given)
     _check_supported(op, given)
     reverse, h0 = given.get("reverse", False), given.pop("h0", None)
     x, rank = given["x"], dist.get_rank(group)
@@ -100,6 +101,39 @@ def context_parallel(
         y, _ = run(h0=entering)
     # The first rank has no use for what enters, and one without tokens none for anything.
     return with_backward_of(y, entering), leaving
+
+
+def _bidirectional(
+    group: dist.ProcessGroup,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_rev: Tensor | None = None,
+    B_rev: Tensor | None = None,
+    C_rev: Tensor | None = None,
+    shift: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Both scans, each handed on in its own direction, and their sum in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    both = [torch.zeros_like(wide) if D is None else wide * D.to(wide.dtype).view(x.shape[2], -1)]
+    back = (dt if dt_rev is None else dt_rev, B if B_rev is None else B_rev, C if C_rev is None else C_rev)
+    for (steps, write, read), reverse in (((dt, B, C), False), (back, True)):
+        y, _ = context_parallel(ssd, x, steps, A, write, read, group=group, reverse=reverse, **options)
+        if shift:
+            # What a convolution makes of the token before alone.
+            taps = y.new_tensor([1.0, 0.0]).expand(y.shape[2] * y.shape[3], 2)
+            packing = {name: options[name] for name in ("cu_seqlens", "backend") if name in options}
+            flat = y.flatten(2)
+            y = context_parallel(causal_conv1d, flat, taps, group=group, reverse=reverse, **packing)[0].view(y.shape)
+        both.append(y)
+    total = both[0] + both[1] + both[2]
+    return (total if z is None else total * F.silu(z.to(wide.dtype))).to(x.dtype)
 
 
 def _recurrence(decays: Tensor, s: Tensor) -> Tensor:
