@@ -49,8 +49,8 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
         >>> import torch.distributed as dist
         >>> from ssmscan import linear_scan
         >>> from ssmscan.distributed import context_parallel
-        >>> with tempfile.NamedTemporaryFile() as file:
-        ...     dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         ...     y, h = context_parallel(linear_scan, torch.ones(1, 3, 1), torch.full((1, 3, 1), 0.5))
         ...     dist.destroy_process_group()
         >>> y.flatten().tolist(), h.item()
