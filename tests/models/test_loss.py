@@ -149,3 +149,11 @@ def test_packed_labels(model):
     apart = [model(part, labels=part).loss * (part.shape[1] - 1) for part in tokens.split([3, 4], 1)]
     packed = model(tokens, labels=tokens, cu_seqlens=cu_seqlens, return_logits=False).loss
     torch.testing.assert_close(packed, sum(apart) / 5)
+
+
+@pytest.mark.parametrize("target", [-1, -99, V])
+def test_targets_that_are_no_token(target):
+    """Are refused, as PyTorch's cross entropy does, and not taken for another token."""
+    head, x = nn.Linear(6, V), torch.randn(3, 6)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(head, x, torch.tensor([0, target, 1]), V)

@@ -93,7 +93,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
         return loss_kernel.cross_entropy(logits, targets, IGNORE)
     asked = targets != IGNORE
-    index = targets.clamp(min=0).unsqueeze(1)
+    # A target that is no token is refused by gather.
+    index = targets.where(asked, 0).unsqueeze(1)
     scores = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     losses = -scores.gather(1, index).squeeze(1).where(asked, 0)
     # exp(s) - 1 at the target, 0 in rows that are not asked for.
