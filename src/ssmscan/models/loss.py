@@ -16,6 +16,8 @@ IGNORE = -100
 
 # Logits of one chunk: a quarter of a gigabyte in bfloat16.
 _CHUNK = 2**27
+# Rows of one chunk in float16, whose products sum so many gradients, not divided by their number, and end at 65504.
+_HALF_ROWS = 2**12
 
 
 @torch.compiler.disable
@@ -49,7 +51,15 @@ def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[
     """
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     learns = torch.is_grad_enabled() and (x.requires_grad or len(weights) > 0)
-    return _Loss.apply(head, max(_CHUNK // v, 1), learns, targets, x, *weights)
+    rows = max(_CHUNK // v, 1)
+    if torch.float16 in (x.dtype, _product_dtype(x)):
+        rows = min(rows, _HALF_ROWS)
+    return _Loss.apply(head, rows, learns, targets, x, *weights)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a product."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class _Loss(torch.autograd.Function):
