@@ -198,3 +198,11 @@ def test_a_recorded_step_makes_the_same_tokens(mixers, prompts):
         found = generator(prompts.cuda(), 20)
         assert torch.equal(found, _generated(model, prompts.cuda(), max_new_tokens=20))
     assert generator._step.graphs
+
+
+def test_speculation_does_not_penalise_padding(model):
+    """The tokens below padding are none of the prompt's."""
+    prompts = torch.randint(V, (1, 5), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 12, "repetition_penalty": 2.0, "attention_mask": torch.tensor([[0, 0, 0, 1, 1]])}
+    alone = Generator(model)(prompts, **options)
+    assert torch.equal(Generator(model, draft=make(["gated_ssm"], 1))(prompts, **options), alone)

@@ -150,7 +150,9 @@ class Generator:
         scores = self.read(input_ids, attention_mask, room)
         if self.draft is not None:
             self.draft.read(input_ids, attention_mask, room)
-            yield from speculate(self, self.draft, input_ids, scores, max_new_tokens, sampling, ends, random)
+            yield from speculate(
+                self, self.draft, input_ids, scores, max_new_tokens, sampling, ends, random, attention_mask
+            )
             return
         seen = seen_tokens(sampling, input_ids, attention_mask, scores.shape[-1])
         final = torch.tensor(ends, device=self.model.device, dtype=torch.int64)

@@ -24,8 +24,10 @@ def speculate(
     sampling: Sampling,
     ends: list[int],
     random: torch.Generator,
+    attention_mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Tokens (1,) on the CPU, distributed as those of ``target`` alone; both have read the prompt ``input_ids``.
+    """Tokens (1,) on the CPU, distributed as those of ``target`` alone; both have read the prompt ``input_ids``,
+    0 in ``attention_mask`` at its padding.
 
     ``scores`` are those of the first new token, (1, v). A block is the last token that neither has read yet, and what
     the draft proposes after it. Where a proposal is refused, both go back to their states before the block and read
@@ -33,7 +35,7 @@ def speculate(
     """
     from ssmscan.generation.generator import seen_tokens
 
-    seen = seen_tokens(sampling, input_ids, None, scores.shape[-1])
+    seen = seen_tokens(sampling, input_ids, attention_mask, scores.shape[-1])
     block = sampling.choose(scores, seen, random)
     yield block.cpu()
     given = 1
