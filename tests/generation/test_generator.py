@@ -206,3 +206,16 @@ def test_speculation_does_not_penalise_padding(model):
     options = {"max_new_tokens": 12, "repetition_penalty": 2.0, "attention_mask": torch.tensor([[0, 0, 0, 1, 1]])}
     alone = Generator(model)(prompts, **options)
     assert torch.equal(Generator(model, draft=make(["gated_ssm"], 1))(prompts, **options), alone)
+
+
+def test_streams_do_not_mix(model, prompts):
+    """Another call takes the states: the stream before it says so rather than go on from them."""
+    generator = Generator(model, 2)
+    expected = generator(prompts, 6)
+    first = generator.stream(prompts.flip(1), 6)
+    next(first)
+    second = generator.stream(prompts, 6)
+    tokens = [next(second)]
+    with pytest.raises(RuntimeError, match="Generator: a stream must not go on after another call"):
+        next(first)
+    assert torch.equal(torch.stack([*tokens, *second], 1), expected[:, 5:])

@@ -125,12 +125,24 @@ class Generator:
         attention_mask: Bool[Tensor, "b l"] | None = None,
         seed: int | None = None,
     ) -> Iterator[Int[Tensor, " b"]]:
-        """The continuations token by token, each (b,), int64, on the CPU; the arguments are those of a call."""
+        """The continuations token by token, each (b,), int64, on the CPU; the arguments are those of a call.
+
+        One stream at a time: another call begins anew, and the stream before it then raises a RuntimeError.
+        """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         self._check(input_ids, attention_mask)
         check_integer("Generator", "max_new_tokens", max_new_tokens, 1)
         ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        return self._stream(input_ids, max_new_tokens, sampling, ends, attention_mask, seed)
+        return self._alone(self._stream(input_ids, max_new_tokens, sampling, ends, attention_mask, seed))
+
+    def _alone(self, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The tokens of a stream, as long as no other has taken the states."""
+        self._turn = turn = object()
+        for token in tokens:
+            yield token
+            if self._turn is not turn:
+                rule = "a stream must not go on after another call of its Generator"
+                raise RuntimeError(error("Generator", rule, "both", "Make a Generator for each."))
 
     @torch.no_grad()
     def _stream(
