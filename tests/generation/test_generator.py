@@ -219,3 +219,9 @@ def test_streams_do_not_mix(model, prompts):
     with pytest.raises(RuntimeError, match="Generator: a stream must not go on after another call"):
         next(first)
     assert torch.equal(torch.stack([*tokens, *second], 1), expected[:, 5:])
+
+
+def test_padding_on_the_right(model, prompts):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with pytest.raises(ValueError, match="Generator: attention_mask must be 1 at the last token of each row, got 0"):
+        Generator(model, 2)(prompts, 3, attention_mask=mask)

@@ -194,6 +194,9 @@ class Generator:
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             rule = f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}"
             raise ValueError(error("Generator", rule, tuple(attention_mask.shape)))
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            rule = "attention_mask must be 1 at the last token of each row"
+            raise ValueError(error("Generator", rule, "0", "Pad on the left."))
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None, room: int) -> Tensor:
         """Forget what was before, read the prompts, and return the scores of the next token, (b, v)."""
