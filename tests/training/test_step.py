@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssmscan.tasks import SelectiveCopying
+from ssmscan.tasks import IGNORE, SelectiveCopying
 from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, loop
 from ssmscan.training.optim import make_optimizer
 from ssmscan.training.step import Step
@@ -96,3 +96,12 @@ def test_trains_on_a_gpu(tmp_path, cuda_graph):
     with pytest.warns(UserWarning, match="step_00000012 is broken"):
         again = loop.train(config, resume=True)
     assert again.evaluation == pytest.approx(metrics.evaluation, rel=1e-3)
+
+
+def test_a_batch_that_asks_for_nothing():
+    """Costs nothing, and does not end the run."""
+    config = replace(SMALL, device="cpu")
+    config, model = loop._prepare(config)
+    update = Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
+    batch = config.task.batch(4, 0, 0, "train")
+    assert update(batch._replace(targets=torch.full_like(batch.targets, IGNORE)), 1e-3).tolist() == [0, 0, 0]

@@ -68,7 +68,9 @@ class Step:
         on the device.
         """
         self.rate.fill_(rate)
-        answers = torch.full((), float((batch.targets != IGNORE).sum()), device=self.device)
+        # One at least: documents of a token each may ask for nothing.
+        asked = int((batch.targets != IGNORE).sum())
+        answers = torch.full((), float(max(asked, 1)), device=self.device)
         size = self.config.at_once
         parts = [batch.rows(i, size).inputs(self.device) for i in range(0, batch.tokens.shape[0], size)]
         return self._run(answers, *parts)
