@@ -1,13 +1,14 @@
 """A text's perplexity: every token once, whatever the windows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssmscan.models import SSMConfig, SSMForCausalLM
-from ssmscan.tasks import Text
+from ssmscan.tasks import Copying, Text
 from ssmscan.tasks.text import Corpus, find, tokenize
 from ssmscan.training import TrainConfig
 from ssmscan.training.evaluation import evaluate, evaluate_text
@@ -96,3 +97,13 @@ def test_tokens_of_another_model(corpus):
     small = SSMForCausalLM(SSMConfig(vocab_size=7, hidden_size=8, mixers=["gated_ssm"]))
     with pytest.raises(ValueError, match="eval: data must have at most the 7 tokens of the model, got 257"):
         evaluate_text(small, corpus)
+
+
+def test_parts_of_a_batch_are_the_same_examples():
+    """Of a task that draws its examples, however many go through the model at once."""
+    torch.manual_seed(0)
+    task = Copying(symbols=4, data_tokens=2, length=8)
+    model = SSMForCausalLM(SSMConfig(vocab_size=task.vocab_size, hidden_size=8, mixers=["gated_ssm"]))
+    config = TrainConfig(task=task, batch_size=4, eval_tokens=10 * task.example_length)
+    whole, parts = evaluate(model, config), evaluate(model, replace(config, micro_batch_size=1))
+    assert parts == pytest.approx(whole, rel=1e-5)

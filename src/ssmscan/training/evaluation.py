@@ -26,10 +26,11 @@ def evaluate(model: SSMForCausalLM, config: TrainConfig) -> dict[str, float]:
     if task.held_out_examples is not None:
         examples = min(examples, task.held_out_examples)
     sums: dict[str, Measure] = {}
-    for first in range(0, examples, size):
-        batch = task.batch(size, config.seed, first // size, "eval").rows(0, examples - first)
-        with autocast(config.precision, model.device):
-            sums = added(sums, task.measure(*scored(model, batch)))
+    for first in range(0, examples, config.batch_size):
+        batch = task.batch(config.batch_size, config.seed, first // config.batch_size, "eval").rows(0, examples - first)
+        for i in range(0, len(batch.tokens), size):
+            with autocast(config.precision, model.device):
+                sums = added(sums, task.measure(*scored(model, batch.rows(i, size))))
     model.train()
     return means(sums)
 
