@@ -559,3 +559,12 @@ def test_bench_refuses_on_one_line(here, capsys):
     assert err.count("\n") == 1
     assert "OP must be one of" in err
     assert not list(here.glob("benchmarks"))
+
+
+def test_eval_refuses_tokens_of_another_tokenizer(text_run, here, capsys):
+    """As many of them or fewer, they would be measured as other text."""
+    Path("other.txt").write_text("ab" * 50, encoding="utf-8")
+    assert cli.main(["tokenize", "--data", "other.txt", "--tokenizer", "characters", "--out", "tokens"]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "--model", str(text_run), "--data", "tokens"]) == 2
+    assert capsys.readouterr().err.startswith("eval: data must be tokens of the model's tokenizer, got tokens.")

@@ -60,18 +60,22 @@ def run(values: Namespace) -> None:
 def _measured(values: Namespace) -> dict[str, float]:
     from rich.console import Console
     from rich.progress import Progress
+    from transformers import AutoTokenizer
 
     from ssmscan.generation.command import load
     from ssmscan.tasks.text import Corpus, find, tokenize
     from ssmscan.tasks.text.shards import INDEX
     from ssmscan.training.evaluation import evaluate_text
 
-    model, _ = load(values.model, "eval")
+    model, tokenizer = load(values.model, "eval")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(values.data[0])
         if len(values.data) > 1 or not (folder / INDEX).is_file():
             folder = Path(temporary) / "tokens"
             tokenize(folder, {"eval": find("--data", values.data)}, values.model)
+        elif AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+            advice = "Give the files instead, or tokenize them by the model's."
+            raise ValueError(error("eval", "data must be tokens of the model's tokenizer", folder, advice))
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             shown = bar.add_task("windows")
