@@ -297,6 +297,12 @@ def test_a_missing_device(here, capsys):
     assert not Path("runs").exists()
 
 
+def test_a_graph_without_cuda(here, capsys):
+    assert cli.main(["train", "--device", "cpu", "--cuda_graph", "true"]) == 2
+    assert capsys.readouterr().err == "train: cuda_graph must be false without CUDA, got true.\n"
+    assert not Path("runs").exists()
+
+
 def test_help_tells_defaults_and_units(capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(["train", "--help"])

@@ -152,7 +152,10 @@ def _device(config: TrainConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise UsageError(error("train", "device must be one of this machine", "cuda", "Use --device cpu."))
-    return torch.device("cuda" if config.device != "cpu" and available else "cpu")
+    device = torch.device("cuda" if config.device != "cpu" and available else "cpu")
+    if config.cuda_graph and device.type != "cuda":
+        raise UsageError(error("train", "cuda_graph must be false without CUDA", "true"))
+    return device
 
 
 @torch.no_grad()
