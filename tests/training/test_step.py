@@ -105,3 +105,13 @@ def test_a_batch_that_asks_for_nothing():
     update = Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
     batch = config.task.batch(4, 0, 0, "train")
     assert update(batch._replace(targets=torch.full_like(batch.targets, IGNORE)), 1e-3).tolist() == [0, 0, 0]
+
+
+def test_recomputing_reads_no_random_state(monkeypatch):
+    """Which a graph of some versions of PyTorch cannot record."""
+    config = replace(SMALL, device="cpu", gradient_checkpointing=True)
+    config, model = loop._prepare(config)
+    update = Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
+    batch = config.task.batch(4, 0, 0, "train")
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("was read"))
+    assert update(batch, 1e-3).isfinite().all()

@@ -42,7 +42,9 @@ class Step:
         if config.gradient_checkpointing:
             # Its name from transformers 5.24 on, and the one before.
             name = "activation_checkpointing_enable"
-            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+            # The models draw nothing, and PyTorch before 2.10 cannot record the reading of a generator's state.
+            enable({"use_reentrant": False, "preserve_rng_state": False})
         if config.compile:
             for block in model.backbone.blocks:
                 block.compile()
