@@ -75,7 +75,7 @@ def blocks_steps(mode: str) -> Callable[[int, int], Callable[[], object]]:
         loss.backward()
         return loss.detach()
 
-    launch = Recorded(step) if mode.endswith("graph") else step
+    launch = Recorded(step, torch.device("cuda")) if mode.endswith("graph") else step
 
     def step_of(batch: int, length: int) -> Callable[[], object]:
         x = torch.randn(batch, length, 768, device="cuda")

@@ -375,7 +375,7 @@ def test_generates_from_a_file(text_run, here, capsys, monkeypatch, source):
     """A line of JSON for each of its lines, the same as alone, padded or not, and in a smaller batch at the end."""
     prompts = ["to be", "or", "not to"]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
     options = ["--model", text_run, "--max-new-tokens", 9, "--temperature", 0]
     lines = _generated(capsys, *options, "--prompts", source, "--batch-size", 2, "--stop", "xyz").splitlines()
     for line, prompt in zip(map(json.loads, lines), prompts, strict=True):
@@ -407,12 +407,17 @@ def test_generates_from_a_checkpoint(text_run, capsys):
         ("--seed -1", "generate: --seed must be at least 0, got -1."),
         ("--stop=", "generate: --stop must be texts, got ''."),
         ("--prompts absent.txt", "generate: --prompts must be a file, got absent.txt: No such file"),
+        ("--prompts gap.txt", "generate: --prompts must have a prompt in each line, got none in line 2."),
+        ("--prompts empty.txt", "generate: --prompts must have a prompt in each line, got no line in empty.txt."),
+        ("--prompts latin.txt", "generate: --prompts must be UTF-8, got latin.txt."),
         ("--prompts x.txt --batch-size 0", "generate: --batch-size must be at least 1, got 0."),
         ("--model absent", "load_pretrained: path_or_name must be a folder"),
         ("--model .", "generate: model must have a tokenizer, got ., whose tokens are no text."),
     ],
 )
 def test_generate_refuses(text_run, here, capsys, options, part):
+    for name, content in (("gap", b"to\n\nbe\n"), ("empty", b""), ("latin", b"\xe9t\xe9\n")):
+        Path(f"{name}.txt").write_bytes(content)
     assert cli.main(["generate", "--model", str(text_run), *options.split()]) == 2
     err = capsys.readouterr().err
     assert part in err

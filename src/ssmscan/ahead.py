@@ -21,17 +21,22 @@ class Recorded:
 
     Args:
         function: of one tensor and any number of dictionaries of tensors; returns a tensor.
+        device: where all of them are.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self.function, self.device = function, device
         self.calls: dict[tuple[Any, ...], int] = {}
         self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(device)
         # One memory for all graphs: none runs beside another, and a result is copied before the next.
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
+        with torch.cuda.device(self.device):
+            return self._call(first, *parts)
+
+    def _call(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
         given = [first, *(part for inputs in parts for part in inputs.values())]
         key = tuple((tensor.shape, tensor.dtype) for tensor in given)
         if key in self.graphs:
@@ -65,9 +70,10 @@ class Late:
         """Ask for the ``result`` of ``step``."""
         event = None
         if result.is_cuda:
+            stream = torch.cuda.current_stream(result.device)
             result = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(stream)
         self._queue.append((step, result, event))
 
     def take(self, everything: bool = False) -> Iterator[tuple[int, Tensor]]:

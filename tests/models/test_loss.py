@@ -99,6 +99,26 @@ def test_a_head_that_is_not_trained():
     assert not found.requires_grad
 
 
+def test_sums_beyond_float16():
+    """The mean is a float16 where the sum is none."""
+    head, x = nn.Linear(1, 2, bias=False).half(), torch.ones(200_000, 1, dtype=torch.float16, requires_grad=True)
+    head.weight.data.zero_()
+    targets = torch.zeros(200_000, dtype=torch.int64)
+    (linear_cross_entropy(head, x, targets, 2) / 200_000).backward()
+    torch.testing.assert_close(head.weight.grad, torch.tensor([[-0.5], [0.5]], dtype=torch.float16))
+
+
+def test_a_head_with_parameters_of_no_use():
+    class Head(nn.Linear):
+        def __init__(self):
+            super().__init__(4, V)
+            self.idle = nn.Parameter(torch.zeros(3))
+
+    head, x = Head(), torch.randn(5, 4, requires_grad=True)
+    linear_cross_entropy(head, x, torch.arange(5), V).backward()
+    assert head.idle.grad.tolist() == [0, 0, 0]
+
+
 def test_no_copy_of_all_logits(monkeypatch):
     """What the forward holds at once is a chunk's."""
     monkeypatch.setattr(loss, "_CHUNK", 8 * 1000)

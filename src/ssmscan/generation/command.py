@@ -162,12 +162,17 @@ def _until(text: str, stop: list[str]) -> str:
 def _batches(path: str, size: int) -> Iterator[list[str]]:
     """The lines of a file, so many at a time."""
     try:
-        lines = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode()
     except OSError as reason:
         raise ValueError(error("generate", "--prompts must be a file", f"{path}: {reason.strerror}")) from None
     except UnicodeDecodeError:
         raise ValueError(error("generate", "--prompts must be UTF-8", path)) from None
-    prompts = lines.splitlines()
+    prompts = text.splitlines()
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(error("generate", "--prompts must have a prompt in each line", f"none in line {number}"))
+    if not prompts:
+        raise ValueError(error("generate", "--prompts must have a prompt in each line", f"no line in {path}"))
     for first in range(0, len(prompts), size):
         yield prompts[first : first + size]
 

@@ -75,7 +75,7 @@ class Generator:
         return Generator(draft, 1, max_length)
 
     def _record(self) -> None:
-        self._step = Recorded(self.forward) if self.model.device.type == "cuda" else self.forward
+        self._step = Recorded(self.forward, self.model.device) if self.model.device.type == "cuda" else self.forward
 
     @torch.no_grad()
     def __call__(

@@ -82,18 +82,24 @@ class _Loss(torch.autograd.Function):
             if learns:
                 # In this thread, for a forward has nothing to overlap with.
                 with torch.autograd.set_multithreading_enabled(False):
-                    dpart, *dweights = torch.autograd.grad(logits, [part, *weights], dlogits)
+                    dpart, *dweights = torch.autograd.grad(
+                        logits, [part, *weights], dlogits, allow_unused=True, materialize_grads=True
+                    )
                 cast(Tensor, dx)[chunk] = dpart
                 for total, gradient in zip(sums, dweights, strict=True):
                     total += gradient
         if learns:
-            ctx.save_for_backward(dx, *(total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True)))
+            ctx.save_for_backward(dx, *sums)
+        ctx.dtypes = [weight.dtype for weight in weights]
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, None, *(gradient * dloss for gradient in ctx.saved_tensors)
+        dx, *sums = ctx.saved_tensors
+        # Narrow only when divided by the number of tokens, before which a sum may be beyond float16.
+        dweights = ((total * dloss).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True))
+        return None, None, None, None, dx * dloss, *dweights
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

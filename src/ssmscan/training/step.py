@@ -48,7 +48,7 @@ class Step:
         if config.compile:
             for block in model.backbone.blocks:
                 block.compile()
-        self._run = Recorded(self._update) if config.cuda_graph else self._update
+        self._run = Recorded(self._update, device) if config.cuda_graph else self._update
 
     def _set_rate(self) -> None:
         for group in self.optimizer.param_groups:
