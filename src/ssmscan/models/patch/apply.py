@@ -1,0 +1,131 @@
+"""transformers' own state-space models on our operations, until they are put back."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from ssmscan.models.patch import replacements as our
+from ssmscan.shapes import error
+
+# The releases whose model files were tried, the first and the last.
+OLDEST, NEWEST = (5, 17), (5, 24)
+
+_CONVOLUTION = {"causal_conv1d_fn": our.conv, "causal_conv1d_update": our.conv_update}
+_MAMBA = _CONVOLUTION | {
+    "mamba_selective_scan": our.mamba_scan,
+    "mamba_selective_state_update": our.mamba_update,
+    "mamba_inner_fn": our.unfused,
+}
+_MAMBA2 = _CONVOLUTION | {
+    "mamba2_chunk_scan": our.mamba2_scan,
+    "mamba2_selective_state_update": our.mamba2_update,
+    "mamba2_split_conv1d_scan_combined": our.unfused,
+}
+
+
+def _norms(*classes: str) -> dict[str, Callable[..., Any]]:
+    return {f"{name}.forward": our.norm for name in classes}
+
+
+# Of each architecture, what is replaced in its model file: a function of the file, or a method of one of its classes.
+# A class that a release lacks is left out: Nemotron-H first had Zamba2's gated norm, and then its own.
+REPLACEMENTS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+    "mamba": _MAMBA | _norms("MambaRMSNorm"),
+    "falcon_mamba": _MAMBA | _norms("FalconMambaRMSNorm"),
+    "jamba": _MAMBA | _norms("JambaRMSNorm"),
+    "mamba2": _MAMBA2 | _norms("Mamba2RMSNorm", "MambaRMSNormGated"),
+    "bamba": _MAMBA2 | _norms("BambaRMSNorm", "BambaRMSNormGated"),
+    "falcon_h1": _MAMBA2 | _norms("FalconH1RMSNorm", "FalconH1RMSNormGated"),
+    "nemotron_h": _MAMBA2 | _norms("NemotronHRMSNorm", "NemotronHRMSNormGated", "Zamba2RMSNormGated"),
+    "zamba2": _MAMBA2 | _norms("Zamba2RMSNorm", "Zamba2RMSNormGated"),
+    "granitemoehybrid": _MAMBA2 | _norms("GraniteMoeHybridRMSNorm", "GraniteMoeHybridRMSNormGated"),
+    "recurrent_gemma": {"RecurrentGemmaRglru._rnn_scan": our.rg_lru_scan},
+}
+# The models whose layers are not told of packed sequences, whatever is passed.
+UNPACKED = {
+    "mamba": "MambaModel.forward",
+    "falcon_mamba": "FalconMambaModel.forward",
+    "jamba": "JambaModel.forward",
+    "recurrent_gemma": "RecurrentGemmaModel.forward",
+}
+
+# What was replaced: the module or class, the name in it, and what stood there.
+_replaced: dict[str, list[tuple[Any, str, Any]]] = {}
+
+
+def patch_transformers(*architectures: str) -> None:
+    """Make transformers' own state-space models run on this library's operations, on the CPU and on CUDA.
+
+    Functions and methods of transformers' model files are replaced, for the whole process, until
+    :func:`unpatch_transformers`. Models made before and after it, their parameters, configurations and caches stay
+    transformers'; what changes is how the convolutions, scans, decode steps and norms are computed. Projections are
+    called as modules, so that LoRA and quantised layers take part, also where mamba_ssm is installed. Sequences packed
+    by ``seq_idx`` are kept apart by the Mamba-2 models; those of Mamba-1 and RecurrentGemma refuse them.
+
+    Args:
+        architectures: names of transformers' models: any of mamba, falcon_mamba, jamba, mamba2, bamba, falcon_h1,
+            nemotron_h, zamba2, granitemoehybrid and recurrent_gemma. None named are all that this transformers has.
+
+    Raises:
+        ValueError: the name of no such model.
+        NotImplementedError: a transformers whose model files were not tried.
+
+    Example:
+        >>> import ssmscan
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> ssmscan.patch_transformers()
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2))
+        >>> ssmscan.unpatch_transformers()
+    """
+    _check_version()
+    for architecture in architectures:
+        if architecture not in REPLACEMENTS:
+            rule = f"an architecture must be one of {', '.join(REPLACEMENTS)}"
+            raise ValueError(error("patch_transformers", rule, repr(architecture)))
+    for architecture in architectures or REPLACEMENTS:
+        if architecture not in _replaced and importlib.util.find_spec(f"transformers.models.{architecture}"):
+            _replaced[architecture] = _patch(architecture)
+
+
+def unpatch_transformers() -> None:
+    """Put back what :func:`patch_transformers` replaced; without it, do nothing."""
+    while _replaced:
+        _architecture, originals = _replaced.popitem()
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def _patch(architecture: str) -> list[tuple[Any, str, Any]]:
+    """Replace what the tables say of one architecture; return where, and what stood there."""
+    file = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
+    places = {
+        _place(file, path): replacement
+        for path, replacement in REPLACEMENTS[architecture].items()
+        if "." not in path or hasattr(file, path.split(".")[0])
+    }
+    if architecture in UNPACKED:
+        owner, name = _place(file, UNPACKED[architecture])
+        places[owner, name] = our.unpacked(getattr(owner, name))
+    originals = [(owner, name, vars(owner)[name]) for owner, name in places]
+    for (owner, name), replacement in places.items():
+        setattr(owner, name, replacement)
+    return originals
+
+
+def _place(file: ModuleType, path: str) -> tuple[Any, str]:
+    """The module or class that holds what a path names, and its name there."""
+    *owner, name = path.split(".")
+    return (getattr(file, *owner) if owner else file), name
+
+
+def _check_version() -> None:
+    """Refuse a transformers whose model files may differ from what the tables say."""
+    import transformers
+
+    release = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+    if not OLDEST <= release <= NEWEST:
+        tried = " to ".join(".".join(map(str, limit)) for limit in (OLDEST, NEWEST))
+        rule = f"transformers must be of a release whose models were tried, {tried}"
+        raise NotImplementedError(error("patch_transformers", rule, transformers.__version__, "Install one of those."))
