@@ -1,6 +1,5 @@
 """transformers' own state-space models, small, for the tests of the patch."""
 
-import importlib
 from contextlib import contextmanager
 
 import torch
@@ -34,7 +33,7 @@ MODELS = {
     ),
     "mamba2": (
         "Mamba2",
-        {"num_heads": 8, "head_dim": 4, "n_groups": 2, "state_size": 5, "chunk_size": 4, "time_step_limit": (0.01, 1.0)},
+        {"num_heads": 8, "head_dim": 4, "n_groups": 2, "state_size": 5, "chunk_size": 4},
     ),
     "bamba": ("Bamba", {**_ATTENTION, **_MAMBA2, "attn_layer_indices": [1]}),
     "falcon_h1": (
@@ -90,13 +89,13 @@ MODELS = {
 
 
 @torch.no_grad()
-def build(architecture):
+def build(architecture, **options):
     """A model whose weights are far from their start, so that no part of it could be left out unseen."""
     import transformers
 
     torch.manual_seed(0)
     name, fields = MODELS[architecture]
-    config = getattr(transformers, f"{name}Config")(**_COMMON | fields)
+    config = getattr(transformers, f"{name}Config")(**_COMMON | fields | options)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
     for path, p in model.named_parameters():
@@ -116,8 +115,3 @@ def patched(*architectures):
         yield
     finally:
         ssmscan.unpatch_transformers()
-
-
-def file(architecture):
-    """The model file of an architecture."""
-    return importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
