@@ -3,8 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ssmscan.models.patch import replacements as our
 from ssmscan.shapes import error
@@ -29,26 +28,31 @@ def _norms(*classes: str) -> dict[str, Callable[..., Any]]:
     return {f"{name}.forward": our.norm for name in classes}
 
 
+class Around(NamedTuple):
+    """What makes, of the function that stands in a place, the one that takes it and calls the first."""
+
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+_UNPACKED = Around(our.unpacked)
+
 # Of each architecture, what is replaced in its model file: a function of the file, or a method of one of its classes.
 # A class that a release lacks is left out: Nemotron-H first had Zamba2's gated norm, and then its own.
-REPLACEMENTS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
-    "mamba": _MAMBA | _norms("MambaRMSNorm"),
-    "falcon_mamba": _MAMBA | _norms("FalconMambaRMSNorm"),
-    "jamba": _MAMBA | _norms("JambaRMSNorm"),
-    "mamba2": _MAMBA2 | _norms("Mamba2RMSNorm", "MambaRMSNormGated"),
+REPLACEMENTS: Mapping[str, Mapping[str, Callable[..., Any] | Around]] = {
+    "mamba": _MAMBA | _norms("MambaRMSNorm") | {"MambaModel.forward": _UNPACKED, "MambaForCausalLM.forward": _UNPACKED},
+    "falcon_mamba": _MAMBA
+    | _norms("FalconMambaRMSNorm")
+    | {"FalconMambaModel.forward": _UNPACKED, "FalconMambaForCausalLM.forward": _UNPACKED},
+    "jamba": _MAMBA | _norms("JambaRMSNorm") | {"JambaModel.forward": _UNPACKED},
+    "mamba2": _MAMBA2
+    | _norms("Mamba2RMSNorm", "MambaRMSNormGated")
+    | {"Mamba2ForCausalLM.forward": Around(our.packed)},
     "bamba": _MAMBA2 | _norms("BambaRMSNorm", "BambaRMSNormGated"),
     "falcon_h1": _MAMBA2 | _norms("FalconH1RMSNorm", "FalconH1RMSNormGated"),
     "nemotron_h": _MAMBA2 | _norms("NemotronHRMSNorm", "NemotronHRMSNormGated", "Zamba2RMSNormGated"),
     "zamba2": _MAMBA2 | _norms("Zamba2RMSNorm", "Zamba2RMSNormGated"),
     "granitemoehybrid": _MAMBA2 | _norms("GraniteMoeHybridRMSNorm", "GraniteMoeHybridRMSNormGated"),
-    "recurrent_gemma": {"RecurrentGemmaRglru._rnn_scan": our.rg_lru_scan},
-}
-# The models whose layers are not told of packed sequences, whatever is passed.
-UNPACKED = {
-    "mamba": "MambaModel.forward",
-    "falcon_mamba": "FalconMambaModel.forward",
-    "jamba": "JambaModel.forward",
-    "recurrent_gemma": "RecurrentGemmaModel.forward",
+    "recurrent_gemma": {"RecurrentGemmaRglru._rnn_scan": our.rg_lru_scan, "RecurrentGemmaModel.forward": _UNPACKED},
 }
 
 # What was replaced: the module or class, the name in it, and what stood there.
@@ -98,30 +102,22 @@ def unpatch_transformers() -> None:
 
 
 def _patch(architecture: str) -> list[tuple[Any, str, Any]]:
-    """Replace what the tables say of one architecture; return where, and what stood there."""
+    """Replace what the table says of one architecture; return where, and what stood there."""
     file = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
-    places = {
-        _place(file, path): replacement
-        for path, replacement in REPLACEMENTS[architecture].items()
-        if "." not in path or hasattr(file, path.split(".")[0])
-    }
-    if architecture in UNPACKED:
-        owner, name = _place(file, UNPACKED[architecture])
-        places[owner, name] = our.unpacked(getattr(owner, name))
-    originals = [(owner, name, vars(owner)[name]) for owner, name in places]
-    for (owner, name), replacement in places.items():
-        setattr(owner, name, replacement)
+    originals = []
+    for path, replacement in REPLACEMENTS[architecture].items():
+        *names, name = path.split(".")
+        owner: Any = getattr(file, names[0], None) if names else file
+        if owner is None:
+            continue
+        original = vars(owner)[name]
+        originals.append((owner, name, original))
+        setattr(owner, name, replacement.make(original) if isinstance(replacement, Around) else replacement)
     return originals
 
 
-def _place(file: ModuleType, path: str) -> tuple[Any, str]:
-    """The module or class that holds what a path names, and its name there."""
-    *owner, name = path.split(".")
-    return (getattr(file, *owner) if owner else file), name
-
-
 def _check_version() -> None:
-    """Refuse a transformers whose model files may differ from what the tables say."""
+    """Refuse a transformers whose model files may differ from what the table says."""
     import transformers
 
     release = tuple(int(number) for number in transformers.__version__.split(".")[:2])

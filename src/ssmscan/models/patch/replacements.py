@@ -29,6 +29,8 @@ from ssmscan.shapes import check_shape, error
 
 # The bounds of the sequences in a seq_idx, which all layers of a model share, and the version that they are of.
 _bounds = WeakTensorKeyDictionary()
+# By what names a model is told of packed sequences.
+_PACKING = ("seq_idx", "cu_seqlens")
 
 
 def conv(
@@ -42,7 +44,7 @@ def conv(
     **_: Any,
 ) -> Tensor:
     x = hidden_states.transpose(1, 2)
-    bounds = _packed("causal_conv1d_fn", seq_idx, cu_seqlens, x)
+    bounds = _given_bounds("causal_conv1d_fn", seq_idx, cu_seqlens, x)
     if bounds is None:
         y, _state = causal_conv1d(x, weight, bias, activation=activation)
     else:
@@ -116,7 +118,7 @@ def mamba2_scan(
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
-    bounds = _packed("mamba_chunk_scan_combined", seq_idx, cu_seqlens, hidden_states)
+    bounds = _given_bounds("mamba_chunk_scan_combined", seq_idx, cu_seqlens, hidden_states)
     if bounds is None:
         y, h = ssd(hidden_states, dt, A, B, C, D, z, **options, h0=initial_states)
         return (y, h) if return_final_states else y
@@ -177,12 +179,31 @@ def rg_lru_scan(
     return linear_scan(hidden_states, recurrent_gate * ~reset, h0=recurrent_states)
 
 
+def packed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``forward`` of a model with a head, whose backbone is told of packed sequences, as transformers forgets."""
+
+    @functools.wraps(forward)
+    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
+        packing = {name: kwargs.pop(name) for name in _PACKING if kwargs.get(name) is not None}
+        if not packing:
+            return forward(self, *args, **kwargs)
+        handle = self.backbone.register_forward_pre_hook(
+            lambda _backbone, args, kwargs: (args, kwargs | packing), with_kwargs=True
+        )
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    return telling
+
+
 def unpacked(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The ``forward`` of a model, refusing the bounds of packed sequences that it would not tell its scans."""
+    """The ``forward`` of a model whose scans transformers does not tell of packed sequences, refusing these."""
 
     @functools.wraps(forward)
     def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in ("seq_idx", "cu_seqlens"):
+        for name in _PACKING:
             if kwargs.get(name) is not None:
                 rule = f"{name} must be None, for transformers does not hand it to the scans of this model"
                 raise NotImplementedError(error(type(self).__name__, rule, "a tensor", "Pad, or use SSMForCausalLM."))
@@ -191,7 +212,7 @@ def unpacked(forward: Callable[..., Any]) -> Callable[..., Any]:
     return refusing
 
 
-def _packed(function: str, seq_idx: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
+def _given_bounds(function: str, seq_idx: Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> Tensor | None:
     """The bounds of the packed sequences in x (b, l, ...), laid end to end, or None where none are packed."""
     if seq_idx is None:
         return cu_seqlens
