@@ -11,22 +11,6 @@ from ssmscan.shapes import error
 # The releases whose model files were tried, the first and the last.
 OLDEST, NEWEST = (5, 17), (5, 24)
 
-_CONVOLUTION = {"causal_conv1d_fn": our.conv, "causal_conv1d_update": our.conv_update}
-_MAMBA = _CONVOLUTION | {
-    "mamba_selective_scan": our.mamba_scan,
-    "mamba_selective_state_update": our.mamba_update,
-    "mamba_inner_fn": our.unfused,
-}
-_MAMBA2 = _CONVOLUTION | {
-    "mamba2_chunk_scan": our.mamba2_scan,
-    "mamba2_selective_state_update": our.mamba2_update,
-    "mamba2_split_conv1d_scan_combined": our.unfused,
-}
-
-
-def _norms(*classes: str) -> dict[str, Callable[..., Any]]:
-    return {f"{name}.forward": our.norm for name in classes}
-
 
 class Around(NamedTuple):
     """What makes, of the function that stands in a place, the one that takes it and calls the first."""
@@ -34,11 +18,30 @@ class Around(NamedTuple):
     make: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+Replacement = Callable[..., Any] | Around
+
+_CONVOLUTION: dict[str, Replacement] = {"causal_conv1d_fn": our.conv, "causal_conv1d_update": our.conv_update}
+_MAMBA: dict[str, Replacement] = _CONVOLUTION | {
+    "mamba_selective_scan": our.mamba_scan,
+    "mamba_selective_state_update": our.mamba_update,
+    "mamba_inner_fn": our.unfused,
+}
+_MAMBA2: dict[str, Replacement] = _CONVOLUTION | {
+    "mamba2_chunk_scan": our.mamba2_scan,
+    "mamba2_selective_state_update": our.mamba2_update,
+    "mamba2_split_conv1d_scan_combined": our.unfused,
+}
+
+
+def _norms(*classes: str) -> dict[str, Replacement]:
+    return {f"{name}.forward": our.norm for name in classes}
+
+
 _UNPACKED = Around(our.unpacked)
 
 # Of each architecture, what is replaced in its model file: a function of the file, or a method of one of its classes.
 # A class that a release lacks is left out: Nemotron-H first had Zamba2's gated norm, and then its own.
-REPLACEMENTS: Mapping[str, Mapping[str, Callable[..., Any] | Around]] = {
+REPLACEMENTS: Mapping[str, Mapping[str, Replacement]] = {
     "mamba": _MAMBA | _norms("MambaRMSNorm") | {"MambaModel.forward": _UNPACKED, "MambaForCausalLM.forward": _UNPACKED},
     "falcon_mamba": _MAMBA
     | _norms("FalconMambaRMSNorm")
