@@ -3,8 +3,8 @@
     python benchmarks/patched.py mamba mamba2 --out benchmarks/results
     python benchmarks/patched.py mamba mamba2 --device cuda --layers 24 --batch 4 --length 1024 --out benchmarks/results
 
-A training step is a forward and a backward, in float32 on the CPU and under bfloat16 autocast on a GPU; generating is 33
-tokens after a prompt of 16, greedily. Times are the least of several, taken by turns, in seconds.
+A training step is a forward and a backward, in float32 on the CPU and under bfloat16 autocast on a GPU; generating is
+33 tokens after a prompt of 16, greedily. Times are the least of several, taken by turns, in seconds.
 """
 
 import argparse
@@ -71,7 +71,8 @@ def seconds(step: Callable[[], torch.Tensor], device: str) -> tuple[float, torch
 def measure(name: str, direction: str, given: argparse.Namespace) -> dict[str, object]:
     """One row: the least time of a step without the patch and with it."""
     step = step_of(build(name, given.layers, given.device), direction, given.batch, given.length, given.device)
-    before, after = [], []
+    before: list[float] = []
+    after: list[float] = []
     for turn in range(given.repeats):
         # transformers' own training step of Mamba on a CPU takes minutes.
         if turn == 0 or sum(before) < given.patience:
