@@ -68,10 +68,14 @@ def fused(function: str, dtype: torch.dtype, h: Tensor, *inputs: Tensor | None) 
 
 
 def compiled(function: str, dtype: torch.dtype, h: Tensor, *inputs: Tensor | None) -> bool:
-    """Whether ``function`` computes a token by its Numba kernel: on the CPU, seen by nothing, without a derivative."""
-    if choose(function, "auto", h.device.type, dtype) != "cpu" or needs_grad(h, *inputs) or observed((h, *inputs)):
+    """Whether ``function`` computes a token by its Numba kernel, rather than in PyTorch.
+
+    On the CPU, where nothing observes the call, and again not in float64, nor where a derivative is asked for.
+    """
+    if choose(function, "auto", h.device.type, dtype) != "cpu" or dtype is torch.float64:
         return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not (transformed or needs_grad(h, *inputs) or observed((h, *inputs)))
 
 
 def advance(

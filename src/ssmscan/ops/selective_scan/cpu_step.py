@@ -65,7 +65,7 @@ def selective_scan_step(
     def token(x, dt, B, C, z, h):
         y = empty(*x.shape, dtype=dtype)
         arrays = [t.detach().to(dtype).numpy() for t in (x, dt, A, B, C, skip, bias, h, y)]
-        run(_token, split(*x.shape, narrowest=512), *arrays, softplus)
+        run(_token, split(x.shape[0], x.shape[1], narrowest=512), *arrays, softplus)
         if z is not None:
             y *= F.silu(z.to(dtype))
         return y.to(x.dtype), h
