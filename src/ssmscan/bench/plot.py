@@ -91,11 +91,11 @@ def speedups(rows: Sequence[Mapping[str, Any]], gpu: str, path: Path) -> None:
     for direction, colour in zip(("train", "generate"), _COLOURS.values(), strict=True):
         places = [-i for i, row in enumerate(ordered) if row["direction"] == direction]
         ratios = [ordered[-place]["ratio"] for place in places]
-        plane.barh(places, ratios, left=1, height=0.5, color=colour, label=direction)
+        plane.barh(places, [ratio - 1 for ratio in ratios], left=1, height=0.5, color=colour, label=direction)
         for place, ratio in zip(places, ratios, strict=True):
             row = ordered[-place]
-            text = f" {ratio:.3g}×: {row['before_s']:.3g} s to {row['after_s']:.2g} s"
-            plane.text(1 + ratio, place, text, va="center", color=_INK, fontsize=9)
+            text = f" {ratio:.3g}×: {row['before_s']:.3g} s to {row['after_s']:.3g} s"
+            plane.text(ratio, place, text, va="center", color=_INK, fontsize=9)
     plane.axvline(1, color=_MUTED, lw=1.3, ls=(0, (4, 3)))
     plane.set_xlim(0.9, 12 * max(row["ratio"] for row in rows))
     plane.set_yticks([-i for i in range(len(ordered))], [row["model"] for row in ordered])
