@@ -237,6 +237,25 @@ def test_checkpointing(architecture):
     assert all(same_bits(recomputed[name], gradient) for name, gradient in gradients.items())
 
 
+@pytest.mark.gpu
+@ARCHITECTURES
+def test_on_gpu(architecture):
+    """As transformers computes it there, up to the rounding of the GPU's matrix products; and its own tokens."""
+    model, ids = build(architecture).cuda(), _ids().cuda()
+    logits, gradients = _trained(model, ids)
+    with patched():
+        patched_logits, patched_gradients = _trained(model, ids)
+        with torch.no_grad():
+            whole = model.eval()(input_ids=ids, use_cache=False).logits
+            tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
+            again = model(input_ids=tokens, use_cache=False).logits.argmax(-1)
+    _close(patched_logits, logits, 1e-3)
+    _close(whole, logits, 1e-3)
+    for name, gradient in gradients.items():
+        _close(patched_gradients[name], gradient, 1e-2)
+    assert torch.equal(tokens[:, LENGTH:], again[:, LENGTH - 1 : -1])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["mamba", "mamba2", "falcon_h1", "recurrent_gemma"])
 def test_bfloat16(architecture):

@@ -67,9 +67,9 @@ def patch_transformers(*architectures: str) -> None:
 
     Functions and methods of transformers' model files are replaced, for the whole process, until
     :func:`unpatch_transformers`. Models made before and after it, their parameters, configurations and caches stay
-    transformers'; what changes is how the convolutions, scans, decode steps and norms are computed. Projections are
-    called as modules, so that LoRA and quantised layers take part, also where mamba_ssm is installed. Sequences packed
-    by ``seq_idx`` are kept apart by the Mamba-2 models; those of Mamba-1 and RecurrentGemma refuse them.
+    transformers'; what changes is how the convolutions, scans, decode steps and norms are computed. The projections
+    into and out of a layer are called as modules, so that LoRA takes part, also where mamba_ssm is installed. Sequences
+    packed by ``seq_idx`` are kept apart by the Mamba-2 models; those of Mamba-1 and RecurrentGemma refuse them.
 
     Args:
         architectures: names of transformers' models: any of mamba, falcon_mamba, jamba, mamba2, bamba, falcon_h1,
