@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from ssmscan import causal_conv1d, gated_rms_norm, ssd
+from ssmscan.ahead import Recorded
 from ssmscan.bench.result import commit, machine, now, versions
 from ssmscan.models import SSMForCausalLM, preset
 from ssmscan.tasks import Batch
 from ssmscan.training import TrainConfig
 from ssmscan.training.optim import make_optimizer
-from ssmscan.training.step import Recorded, Step
+from ssmscan.training.step import Step
 
 SHORT = 128
 MODES = ("eager", "graph", "compiled", "compiled graph")

@@ -75,6 +75,14 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=200)
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokens_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Texts that tests train on leave their tokens in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSMSCAN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def compiler() -> Iterator[Callable[..., Any]]:
     """Calls functions in a process in which Triton compiles, and does not interpret."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 import ssmscan_main
 from ssmscan import cli
 from ssmscan.models import load_pretrained
+from ssmscan.tasks import TASKS
 from ssmscan.training import checkpoint, loop, report
 from ssmscan.training.options import train_config, train_parser
 
@@ -52,7 +53,7 @@ def test_trains(here, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert "answer    " in out
-    assert re.search(r"\nloss \d\.\d{4}, accuracy 0\.\d{4} on fresh data after 4 steps", out)
+    assert re.search(r"\nloss \d\.\d{4}, accuracy 0\.\d{4}; held out, after 4 steps", out)
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] == 4
     assert "lr: 0.001\n" in Path("run/config.yaml").read_text()
@@ -227,7 +228,7 @@ def test_a_failed_run(here, capsys):
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("", 'expected "subcommand" to be one of {train,generate,bench,info}'),
+        ("", 'expected "subcommand" to be one of {train,generate,eval,tokenize,bench, ...}'),
         ("tarin", "invalid choice: 'tarin'"),
         ("train --optim.lr fast", "optim.lr must be float, got fast"),
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
@@ -246,8 +247,11 @@ def test_a_failed_run(here, capsys):
         ("train --model.mixers mambo", "SSMConfig: mixers must be of gated_ssm,"),
         ("train --model.mixers mamba2 --model.hidden_size 8", "Mamba2: "),
         ("train --task.name text", "task.data"),
-        ("train --task.name text --task.data absent.txt", "text: data must be a file, got absent.txt: No such file"),
-        ("train --task.name sorting", "train: task.name must be one of copying, selective_copying, text, got sorting."),
+        (
+            "train --task.name text --task.data absent.txt",
+            "text: data must name files, got absent.txt, which matches none.",
+        ),
+        ("train --task.name sorting", f"train: task.name must be one of {', '.join(TASKS)}, got sorting."),
         ("train --task.length 4", "selective_copying: data_tokens must be 1 to length = 4, got 8"),
         ("train --config absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
         ("train --config=absent.yaml", "train: --config must name a YAML file, got absent.yaml: No such file"),
@@ -320,32 +324,63 @@ def _generated(capsys, *arguments):
 
 
 def test_generates(text_run, capsys):
-    """The prompt and as many characters as asked for, the same ones for the same seed."""
+    """The prompt and what is asked for, or less where the text has ended; the same for the same seed."""
     first, again, other = (
         _generated(capsys, "--model", text_run, "--prompt", "to bö", "--max-new-tokens", 40, "--seed", seed)
         for seed in (0, 0, 1)
     )
     assert first.startswith("to bö")
     assert first.endswith("\n")
-    assert len(first) == 5 + 40 + 1
+    assert 5 + 1 < len(first) <= 5 + 40 + 1
     assert set(first) <= set("to be or nöt\n")
     assert first == again
     assert first != other
 
 
-def test_generates_the_likeliest(text_run, capsys):
+@pytest.mark.parametrize("prompt", ["or", "to be"])
+def test_generates_the_likeliest(text_run, capsys, prompt):
     greedy, only, unlikely = (
-        _generated(capsys, "--model", text_run, "--prompt", "or", "--max-new-tokens", 12, *options)
+        _generated(capsys, "--model", text_run, "--prompt", prompt, "--max-new-tokens", 12, *options)
         for options in (["--temperature", 0], ["--top-k", 1], ["--top-p", 1e-6])
     )
     model = load_pretrained(text_run)
-    characters = sorted(set("to be or nöt\n"))
-    tokens = torch.tensor([[characters.index(character) for character in "or"]])
+    # The last is the end of the text.
+    characters = [*sorted(set("to be or nöt\n")), ""]
+    tokens = torch.tensor([[characters.index(character) for character in prompt]])
     with torch.no_grad():
         for _ in range(12):
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+            if characters[tokens[0, -1]]:
+                tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
     assert greedy == "".join(characters[token] for token in tokens[0]) + "\n"
     assert only == unlikely == greedy
+
+
+def test_generates_up_to_a_stop(text_run, capsys):
+    """Whatever of it has come before the rest did."""
+    options = ["--model", text_run, "--prompt", "to be", "--max-new-tokens", 40]
+    whole = _generated(capsys, *options)
+    stop = whole[8:11]
+    assert _generated(capsys, *options, "--stop", "xyz", stop) == whole[: whole.index(stop, 5)] + "\n"
+    assert _generated(capsys, *options, "--stop", "xyz") == whole
+
+
+@pytest.mark.parametrize("source", ["prompts.txt", "-"])
+def test_generates_from_a_file(text_run, here, capsys, monkeypatch, source):
+    """A line of JSON for each of its lines, the same as alone, padded or not, and in a smaller batch at the end."""
+    prompts = ["to be", "or", "not to"]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(prompts)))
+    options = ["--model", text_run, "--max-new-tokens", 9, "--temperature", 0]
+    lines = _generated(capsys, *options, "--prompts", source, "--batch-size", 2, "--stop", "xyz").splitlines()
+    for line, prompt in zip(map(json.loads, lines), prompts, strict=True):
+        assert line["prompt"] == prompt
+        assert prompt + line["continuation"] + "\n" == _generated(capsys, *options, "--prompt", prompt)
+
+
+def test_generates_with_a_draft(text_run, capsys):
+    options = ["--model", text_run, "--prompt", "to be", "--max-new-tokens", 12, "--temperature", 0]
+    draft = text_run / "checkpoints" / "step_00000002"
+    assert _generated(capsys, *options, "--draft", draft) == _generated(capsys, *options)
 
 
 def test_generates_from_a_checkpoint(text_run, capsys):
@@ -359,17 +394,55 @@ def test_generates_from_a_checkpoint(text_run, capsys):
         ("--prompt x", "generate: prompt must consist of what the model was trained on, got 'x'."),
         ("--prompt=", "generate: prompt must have at least one token, got ''."),
         ("--max-new-tokens 0", "generate: --max-new-tokens must be at least 1, got 0."),
-        ("--temperature -1", "generate: --temperature must be at least 0 and finite, got -1.0."),
-        ("--top-k 0", "generate: --top-k must be at least 1, got 0."),
-        ("--top-p 1.5", "generate: --top-p must be in (0, 1], got 1.5."),
+        ("--temperature -1", "Generator: temperature must be at least 0 and finite, got -1.0."),
+        ("--top-k 0", "Generator: top_k must be at least 1, got 0."),
+        ("--top-p 1.5", "Generator: top_p must be in (0, 1], got 1.5."),
         ("--top-p much", "ssmscan: top_p must be float or null, got much."),
         ("--seed -1", "generate: --seed must be at least 0, got -1."),
+        ("--stop=", "generate: --stop must be texts, got ''."),
+        ("--prompts absent.txt", "generate: --prompts must be a file, got absent.txt: No such file"),
+        ("--prompts x.txt --batch-size 0", "generate: --batch-size must be at least 1, got 0."),
         ("--model absent", "load_pretrained: path_or_name must be a folder"),
         ("--model .", "generate: model must have a tokenizer, got ., whose tokens are no text."),
     ],
 )
 def test_generate_refuses(text_run, here, capsys, options, part):
     assert cli.main(["generate", "--model", str(text_run), *options.split()]) == 2
+    err = capsys.readouterr().err
+    assert part in err
+    assert err.count("\n") == 1
+
+
+def test_evaluates(text_run, here, capsys):
+    """Files and folders of tokens; in words and as JSON."""
+    Path("verse.txt").write_text("to be or nöt to be\n" * 9, encoding="utf-8")
+    arguments = ["eval", "--model", str(text_run), "--length", "16"]
+    assert cli.main([*arguments, "--data", "verse.txt", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["tokens"] == 9 * 19
+    assert cli.main([*arguments, "--data", "verse.txt", "--stride", "8"]) == 0
+    names = ("loss", "perplexity", "bits per byte", "accuracy")
+    told = "   ".join([*(rf"{name} \d+\.\d{{4}}" for name in names), "171 tokens", r"[\d,]+ tokens/s\n"])
+    assert re.fullmatch(told, capsys.readouterr().out)
+    tokenized = ["tokenize", "--data", "verse.txt", "--tokenizer", str(text_run), "--out", "tokens"]
+    assert cli.main(tokenized) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "--data", "tokens", "--part", "train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(measured["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("", "eval: one of --data and --harness must be given, got none."),
+        ("--data absent.txt", "text: --data must"),
+        ("--data verse.txt --stride 0", "eval: stride must be at least 1, got 0."),
+        ("--harness arc_easy", "eval: lm-eval must be installed for --harness, got none. Run pip install lm-eval."),
+    ],
+)
+def test_eval_refuses(text_run, here, capsys, options, part):
+    Path("verse.txt").write_text("to be", encoding="utf-8")
+    assert cli.main(["eval", "--model", str(text_run), *options.split()]) == 2
     err = capsys.readouterr().err
     assert part in err
     assert err.count("\n") == 1
@@ -399,6 +472,37 @@ def test_recipes_are_valid(recipe):
     config, resume = train_config(arguments, parser.instantiate(parser.parse_args(arguments)))
     assert not resume
     assert config.out == f"runs/{recipe.stem}"
+
+
+# What makes two steps of a recipe short; the rest is as it stands there.
+SHORT = {
+    "copying": "",
+    "demo": "",
+    "selective_copying": "--task.length 64",
+    "induction_heads": "--task.length 64 --task.test_lengths [64] --task.test_examples 2",
+    "induction_heads_paper": "--task.test_lengths [64] --task.test_examples 2",
+    "associative_recall": "",
+    "shakespeare": "--task.data verse.txt --task.length 16",
+} | dict.fromkeys(
+    ("books_mamba", "books_mamba2", "books_hybrid", "books_transformer"),
+    "--task.data books --task.length 16 --model.layers 6 --model.hidden_size 48 --precision float32 "
+    "--batch_size 4 --micro_batch_size 2",
+)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_take_steps(recipe, here, capsys):
+    """Two of them, on the CPU, with an evaluation, an examination and a checkpoint."""
+    Path("verse.txt").write_text("to be or not to be, that is the question\n" * 40)
+    assert cli.main(["tokenize", "--data", "verse.txt", "--vocab", "300", "--out", "books"]) == 0
+    options = "--device cpu --steps 2 --batch_size 2 --eval_tokens 1 --target null --out run --cuda_graph false"
+    arguments = ["train", "--config", str(recipe), *options.split(), *SHORT[recipe.stem].split()]
+    if recipe.stem in ("books_hybrid", "books_transformer"):
+        arguments += ["--model.mixer_options.attention", "{num_heads: 4}"]
+    if recipe.stem in ("books_mamba2", "books_hybrid"):
+        arguments += ["--model.mixer_options.mamba2", "{headdim: 16, d_state: 16}"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert json.loads(Path("run/metrics.json").read_text())["steps"] == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")

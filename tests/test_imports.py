@@ -11,7 +11,14 @@ import ssmscan
 
 ROOT = Path(ssmscan.__file__).parent
 # Each row imports from itself and from those after it.
-ROWS = (("cli",), ("training", "tasks", "distributed"), ("models",), ("layers",), ("ops",), ("backend", "shapes"))
+ROWS = (
+    ("cli",),
+    ("training", "tasks", "generation", "distributed"),
+    ("models",),
+    ("layers",),
+    ("ops",),
+    ("backend", "shapes", "ahead"),
+)
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # What tests and times the operations sees all of them; of the rest, only an operation's case and the command see it.
 TOOLS = ("testing", "bench")

@@ -1,4 +1,4 @@
-"""The command ``ssmscan``: train, generate, bench, info.
+"""The command ``ssmscan``: train, generate, tokenize, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 141 when the output's reader is
 gone; an error is one line on stderr.
@@ -7,7 +7,6 @@ gone; an error is one line on stderr.
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,13 +27,11 @@ import ssmscan
 from ssmscan import ops
 from ssmscan.backend import BACKENDS, choose, why_not
 from ssmscan.bench import __main__ as bench
-from ssmscan.shapes import check_integer, error
+from ssmscan.shapes import error
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
-    from transformers import PreTrainedTokenizerBase
+    from jsonargparse import Namespace
 
-    from ssmscan.models import SSMForCausalLM
     from ssmscan.training import TrainConfig
 
 # What the extra `train` installs and this command cannot do without.
@@ -111,7 +108,9 @@ def _run(arguments: list[str]) -> int:
         return _fail(_one_line(str(reason)), 2)
     if run is not None:
         return _train(*run)
-    return _generate(values) if command == "generate" else _info()
+    if command == "tokenize":
+        return _tokenize(values)
+    return _info() if command == "info" else _read_model(command, values)
 
 
 def _train(config: TrainConfig, resume: bool) -> int:
@@ -119,9 +118,11 @@ def _train(config: TrainConfig, resume: bool) -> int:
 
     try:
         metrics = train(config, resume)
-        measured = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.evaluation.items())
+        measured = _told(metrics.evaluation)
+        if metrics.examination:
+            measured += f"; examined: {_told(metrics.examination)}"
         print(
-            f"{measured} on fresh data after {metrics.steps} steps in {metrics.seconds:.0f} s; "
+            f"{measured}; held out, after {metrics.steps} steps in {metrics.seconds:.0f} s; "
             f"config, log, plot, metrics and model are in {config.out}",
             flush=True,
         )
@@ -139,6 +140,10 @@ def _train(config: TrainConfig, resume: bool) -> int:
     return 0
 
 
+def _told(measures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())
+
+
 def _how_to_go_on(config: TrainConfig) -> str:
     """The command that continues an unfinished run; nothing where there is none."""
     folder = Path(config.out)
@@ -154,6 +159,9 @@ def _fail(message: str, status: int) -> int:
 def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     from jsonargparse import ArgumentParser
 
+    from ssmscan.generation.command import generate_parser
+    from ssmscan.tasks.text.command import tokenize_parser
+    from ssmscan.training.eval_command import eval_parser
     from ssmscan.training.options import train_parser
 
     parser = ArgumentParser(prog="ssmscan", description=ssmscan.__doc__, exit_on_error=False, allow_abbrev=False)
@@ -162,7 +170,9 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
     train_arguments = arguments[1:] if arguments[:1] == ["train"] else []
     for name, subparser, text in (
         ("train", train_parser(train_arguments), "train a model on a task, or continue a run"),
-        ("generate", _generate_parser(), "continue a text by a model"),
+        ("generate", generate_parser(), "continue a text by a model"),
+        ("eval", eval_parser(), "measure how well a model foretells a text"),
+        ("tokenize", tokenize_parser(), "turn text into tokens to train on"),
         ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
         ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
     ):
@@ -184,83 +194,32 @@ def _one_line(message: str) -> str:
     return message if re.match(r"\w+: ", message) else f"ssmscan: {message}"
 
 
-def _generate_parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description="Continue a text by a model.")
-    parser.add_argument(
-        "--model", type=str, required=True, help="folder of a run or of a model, or its name on the hub"
-    )
-    parser.add_argument("--prompt", type=str, default="\n", help="text to go on from (default: a line break)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of the continuation (tokens)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="scores are divided by it; 0 takes the likeliest token each time"
-    )
-    parser.add_argument("--top-k", type=int | None, default=None, help="draw among so many likeliest (tokens)")
-    parser.add_argument(
-        "--top-p", type=float | None, default=None, help="draw among the likeliest that have this probability together"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    return parser
-
-
-def _generate(values: Namespace) -> int:
-    """Print the prompt, and its continuation as it comes."""
-    from transformers import TextStreamer
+def _read_model(command: str, values: Namespace) -> int:
+    """The commands of a model that is there: generate and eval."""
+    from ssmscan.generation import command as generate
+    from ssmscan.training import eval_command
 
     try:
-        sampling = _sampling(values)
-        model, tokenizer = _load(values.model)
-        tokens = torch.tensor([_encode(tokenizer, values.prompt)], device=model.device)
-    except (ValueError, NotImplementedError, OSError) as reason:
+        (generate if command == "generate" else eval_command).run(values)
+    except BrokenPipeError:
+        raise
+    except (TypeError, ValueError, NotImplementedError, OSError) as reason:
         return _fail(_one_line(str(reason)), 2)
-    torch.manual_seed(values.seed)
-    model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        use_cache=True,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
     return 0
 
 
-def _sampling(values: Namespace) -> dict[str, Any]:
-    """The arguments of generate that say how tokens are chosen, and how many."""
-    check_integer("generate", "--max-new-tokens", values.max_new_tokens, 1)
-    check_integer("generate", "--seed", values.seed, 0)
-    check_integer("generate", "--top-k", 1 if values.top_k is None else values.top_k, 1)
-    if not 0 <= values.temperature < math.inf:
-        raise ValueError(error("generate", "--temperature must be at least 0 and finite", values.temperature))
-    if values.top_p is not None and not 0 < values.top_p <= 1:
-        raise ValueError(error("generate", "--top-p must be in (0, 1]", values.top_p))
-    chosen = {"max_new_tokens": values.max_new_tokens, "do_sample": values.temperature > 0}
-    if values.temperature > 0:
-        chosen |= {"temperature": values.temperature, "top_k": values.top_k or 0, "top_p": values.top_p or 1.0}
-    return chosen
+def _tokenize(values: Namespace) -> int:
+    from ssmscan.tasks.text import command
 
-
-def _load(source: str) -> tuple[SSMForCausalLM, PreTrainedTokenizerBase]:
-    """A model of a folder or of the hub, with its tokenizer."""
-    from transformers import AutoTokenizer
-
-    from ssmscan.models import load_pretrained
-
-    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
-        raise ValueError(error("generate", "model must have a tokenizer", f"{source}, whose tokens are no text"))
-    model = load_pretrained(source, device="cuda" if torch.cuda.is_available() else "cpu")
-    return model, AutoTokenizer.from_pretrained(source)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     try:
-        tokens = tokenizer.encode(prompt)
-    except Exception as reason:  # The class that tokenizers raises where a vocabulary has no word for the unknown.
-        rule = "prompt must consist of what the model was trained on"
-        raise ValueError(error("generate", rule, repr(prompt), f"{reason}.")) from None
-    if not tokens:
-        raise ValueError(error("generate", "prompt must have at least one token", repr(prompt)))
-    return tokens
+        written = command.run(values)
+    except (TypeError, ValueError) as reason:
+        return _fail(_one_line(str(reason)), 2)
+    except OSError as reason:
+        rule = "--out must be a folder that can be written"
+        return _fail(error("tokenize", rule, f"{values.out}: {reason.strerror}"), 1)
+    print(written)
+    return 0
 
 
 def _info() -> int:

@@ -1,6 +1,5 @@
 """Copying: memorise, wait, reproduce."""
 
-import string
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ssmscan.shapes import check_integer, error
+from ssmscan.tasks.rendering import LETTERS, show_recall
 from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
-
-_LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class Copying(Task):
     def __post_init__(self) -> None:
         for field in ("symbols", "data_tokens", "length"):
             check_integer(self.name, field, getattr(self, field), 1)
-        if self.symbols > len(_LETTERS):
-            raise ValueError(error(self.name, f"symbols must be 1 to {len(_LETTERS)}", self.symbols))
+        if self.symbols > len(LETTERS):
+            raise ValueError(error(self.name, f"symbols must be 1 to {len(LETTERS)}", self.symbols))
         if self.data_tokens > self.length:
             raise ValueError(error(self.name, f"data_tokens must be 1 to length = {self.length}", self.data_tokens))
 
@@ -91,15 +89,8 @@ class Copying(Task):
 
     def render(self, tokens: Tensor, targets: Tensor, predictions: Tensor) -> str:
         """The sequence with noise as dots, the answer, the model's answer, and how many symbols of it are right."""
-        asked = targets != IGNORE
-        answer, given = targets[asked].tolist(), predictions[asked].tolist()
-        right = sum(a == g for a, g in zip(answer, given, strict=True))
-        rows = (
-            ("sequence", "".join(map(self._letter, tokens[~asked].tolist()))),
-            ("answer", " ".join(map(self._letter, answer))),
-            ("model", " ".join(map(self._letter, given)) + f"   {right} of {len(answer)} right"),
-        )
-        return "\n".join(f"{name:<9} {text}" for name, text in rows)
+        sequence = tokens[targets == IGNORE].tolist()
+        return show_recall("".join(map(self._letter, sequence)), targets, predictions, self._letter)
 
     def _letter(self, token: int) -> str:
-        return {self.noise: ".", self.marker: "?"}.get(token) or _LETTERS[token]
+        return {self.noise: ".", self.marker: "?"}.get(token) or LETTERS[token]

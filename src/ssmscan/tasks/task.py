@@ -109,12 +109,7 @@ class Task(ABC):
 
         ``loss`` is the cross entropy of the answers (nats), ``accuracy`` the fraction that the greatest logit names.
         """
-        asked = targets != IGNORE
-        right = (logits.argmax(-1) == targets) & asked
-        return {
-            "loss": Measure(cross_entropy(logits, targets, "sum").double(), asked.sum()),
-            "accuracy": Measure(right.sum(), asked.sum()),
-        }
+        return measure(logits, targets)
 
     def examine(self, model: SSMForCausalLM, seed: int) -> dict[str, Measure]:
         """What is measured once, when the training has ended; nothing unless the task says more."""
@@ -132,6 +127,16 @@ class Task(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """What turns tokens into text and back, where they are text."""
         return None
+
+
+def measure(logits: Tensor, targets: Tensor) -> dict[str, Measure]:
+    """``loss`` and ``accuracy`` of logits (b, l, v) by targets (b, l)."""
+    asked = targets != IGNORE
+    right = (logits.argmax(-1) == targets) & asked
+    return {
+        "loss": Measure(cross_entropy(logits, targets, "sum").double(), asked.sum()),
+        "accuracy": Measure(right.sum(), asked.sum()),
+    }
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

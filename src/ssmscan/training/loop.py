@@ -8,15 +8,16 @@ from importlib.util import find_spec
 
 import torch
 
+from ssmscan.ahead import Late
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
-from ssmscan.tasks import Measure
 from ssmscan.training import checkpoint
+from ssmscan.training.batches import batches
 from ssmscan.training.clock import Clock
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
+from ssmscan.training.evaluation import evaluate, means
 from ssmscan.training.folder import claimed, replace_text
-from ssmscan.training.late import Late, batches
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
 from ssmscan.training.step import Step, autocast
@@ -74,22 +75,23 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
             for batch in batches(config, step):
                 late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))
                 step += 1
+                clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
                 saves = step % config.save_every == 0 or clock.save_is_due()
-                for read, (loss, norm, halted) in late.take(everything=evaluates or saves):
+                for read, numbers in late.take(everything=evaluates or saves):
+                    loss, norm, halted = numbers.tolist()
                     if halted:
                         raise RunError(
                             f"train: loss must be finite, got {loss:g} with a gradient of norm {norm:g} at step "
                             f"{read}. The update was not made; try a smaller --optim.lr."
                         )
-                    clock.tokens += batch.tokens.numel()
                     report.advance(read)
                     if read % config.log_every == 0:
                         rate = learning_rate(read - 1, config.steps, config.optim)
                         report.training(read, loss=loss, lr=rate, grad_norm=norm, **clock.read())
                 if evaluates:
                     with clock.paused():
-                        last = report.evaluation(step, evaluate(model, config, device), clock.seconds())
+                        last = report.evaluation(step, evaluate(model, config), clock.seconds())
                     if target is not None and target.reached(last):
                         break
                 # After the evaluation, whose line the checkpoint then stands for.
@@ -99,12 +101,12 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                         clock.saved()
 
             if last is None or last["step"] != step:
-                last = report.evaluation(step, evaluate(model, config, device), clock.seconds())
-            with autocast(config, device):
+                last = report.evaluation(step, evaluate(model, config), clock.seconds())
+            with autocast(config.precision, device):
                 examined = task.examine(model, config.seed)
             metrics = Metrics(
                 evaluation={name: value for name, value in last.items() if name not in ("split", "step", "seconds")},
-                examination=_means(examined),
+                examination=means(examined),
                 steps=step,
                 seconds=clock.seconds(),
                 target=config.target,
@@ -144,31 +146,6 @@ def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
     if task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
         raise UsageError(error("train", f"mixers must be causal for the task {task.name}", config.model.mixers))
     return config, model
-
-
-@torch.no_grad()
-def evaluate(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """What the task measures, over the first examples of its evaluation."""
-    model.eval()
-    task, size = config.task, config.at_once
-    examples = max(config.eval_tokens // task.example_length, 1)
-    if task.held_out_examples is not None:
-        examples = min(examples, task.held_out_examples)
-    sums: dict[str, Measure] = {}
-    for first in range(0, examples, size):
-        inputs = task.batch(size, config.seed, first // size, "eval").rows(0, examples - first).inputs(device)
-        targets = inputs.pop("shift_labels")
-        with autocast(config, device):
-            logits = model(**inputs, use_cache=False).logits
-        for name, (total, answers) in task.measure(logits, targets).items():
-            before = sums.get(name, Measure(torch.zeros_like(total), torch.zeros_like(answers)))
-            sums[name] = Measure(before.total + total, before.answers + answers)
-    model.train()
-    return _means(sums)
-
-
-def _means(measures: dict[str, Measure]) -> dict[str, float]:
-    return {name: (total / answers).item() for name, (total, answers) in measures.items()}
 
 
 def _device(config: TrainConfig) -> torch.device:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmscan.ahead import Recorded
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import IGNORE, Batch
 from ssmscan.training.config import TrainConfig
-
-# As many calls of a new shape come before a graph records one: kernels are compiled and launches settled by then.
-_WARMUP = 3
 
 
 class Step:
@@ -33,7 +30,9 @@ class Step:
         self, model: SSMForCausalLM, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(config, device) == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            device.type, enabled=product_dtype(config.precision, device) == torch.float16
+        )
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A tensor, so that a recorded step can be told another rate.
         self.rate = torch.zeros((), device=device)
@@ -78,7 +77,7 @@ class Step:
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for inputs in parts:
-            with autocast(self.config, self.device):
+            with autocast(self.config.precision, self.device):
                 part = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
             self.scaler.scale(part).backward()
             loss += part.detach()
@@ -94,50 +93,14 @@ class Step:
         return torch.stack([loss, norm, self.halted.float()])
 
 
-class Recorded:
-    """A function of dictionaries of tensors, launched as one CUDA graph for each shape of its arguments.
-
-    The first calls of a shape run as they are, the next one is recorded.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-        self.calls: dict[tuple[Any, ...], int] = {}
-        self.graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, first: Tensor, *parts: dict[str, Tensor]) -> Tensor:
-        given = [first, *(part for inputs in parts for part in inputs.values())]
-        key = tuple((tensor.shape, tensor.dtype) for tensor in given)
-        if key in self.graphs:
-            graph, held, result = self.graphs[key]
-            for place, tensor in zip(held, given, strict=True):
-                place.copy_(tensor, non_blocking=True)
-            graph.replay()
-            return result.clone()
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= _WARMUP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.function(first, *parts)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            result = self.function(first, *parts)
-        self.graphs[key] = graph, given, result
-        graph.replay()
-        return result.clone()
-
-
-def precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products."""
-    if config.precision == "auto":
+def product_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products under a ``precision`` as :class:`ssmscan.training.TrainConfig` has it."""
+    if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.precision]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The context in which a run's model computes."""
-    dtype = precision(config, device)
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model computes under a ``precision``."""
+    dtype = product_dtype(precision, device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,141 @@
+"""Context parallelism against one process: outputs, states and all gradients, on the CPU with gloo."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import ssmscan
+from ssmscan.distributed import context_parallel
+from ssmscan.ops.cases import CASES
+from ssmscan.testing import PLAIN, Setting
+
+# Of these sizes are the stretches of the ranks, for a sequence of 23 tokens.
+SHARDS = {2: [(9, 14)], 4: [(0, 11, 1, 11), (2, 1, 1, 19)]}
+SETTINGS = (
+    PLAIN,
+    Setting("h0_reverse", h0=True, reverse=True),
+    Setting("packed", h0=True, lengths=(5, 0, 13, 1, 4)),
+    Setting("packed_reverse", reverse=True, lengths=(1, 1, 21)),
+    Setting("packed_zeros", lengths=(9, 3, 11)),
+)
+
+
+def _rows():
+    """Every way to call every operation along a sequence, in every setting."""
+    for case in CASES:
+        for option in case.options:
+            if "cumsum_log_a" in option.tensors or case.name == "gated_rms_norm":
+                continue
+            for setting in SETTINGS:
+                packed = setting.lengths is not None
+                if case.has(option, *setting.needs) and not (packed and option.keywords.get("scale_first") is False):
+                    yield case, option, setting
+
+
+def _call(case, option, setting):
+    size = {**case.sizes[0], "b": 2, "l": 23}
+    return case.call(option, size, setting)
+
+
+def _weights(like, seed):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype)
+
+
+def _whole(case, call):
+    """One process: y, h and gradients."""
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in call.tensors.items()}
+    y, h = _pair(case.op(**tensors, **call.keywords))
+    loss = (y * _weights(y, 5)).sum() + (h * _weights(h, 6).conj()).sum().real
+    gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+    return {"y": y.detach(), "h": h.detach()} | {f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}
+
+
+def _pair(result):
+    """y and h, which is nothing where an operation returns y alone."""
+    return result if isinstance(result, tuple) else (result, result.new_zeros(0))
+
+
+def _worker(rank, ranks, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
+    )
+    results = []
+    for case, option, setting in _rows():
+        for lengths in SHARDS[ranks]:
+            call = _call(case, option, setting)
+            own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+            tensors = {
+                name: (tensor[:, own] if name in case.sequence else tensor).clone().requires_grad_()
+                for name, tensor in call.tensors.items()
+            }
+            y, h = _pair(context_parallel(case.op, **tensors, **call.keywords))
+            whole = torch.empty(y.shape[0], 23, *y.shape[2:], dtype=y.dtype)
+            loss = (y * _weights(whole, 5)[:, own]).sum()
+            if rank == 0:
+                loss = loss + (h * _weights(h, 6).conj()).sum().real
+            gradients = torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True)
+            results.append(
+                {"y": y.detach(), "h": h.detach()} | {f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}
+            )
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=sorted(SHARDS), ids=lambda ranks: f"{ranks} ranks")
+def ran(request, tmp_path_factory):
+    """The results of all ranks: one start of processes for all rows."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, (request.param, str(folder)), request.param)
+    results = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+    rows = [(*row, lengths) for row in _rows() for lengths in SHARDS[request.param]]
+    return list(zip(rows, zip(*results, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.name != "gated_rms_norm"])
+def test_the_ranks_make_what_one_process_makes(ran, name):
+    checked = 0
+    for (case, option, setting, lengths), results in ran:
+        if case.name != name:
+            continue
+        checked += 1
+        label = f"{option.name} {setting.name} {lengths}"
+        for part, expected in _whole(case, _call(case, option, setting)).items():
+            found = [result[part] for result in results]
+            if part == "y" or part.removeprefix("d") in case.sequence:
+                whole = torch.cat(found, 1)
+            elif part == "h":
+                assert all(torch.equal(h, found[0]) for h in found), label
+                whole = found[0]
+            else:
+                whole = sum(found)
+            bound = 1e-10 * max(expected.abs().max().item() if expected.numel() else 1.0, 1.0)
+            assert (whole - expected).abs().max().item() <= bound if expected.numel() else True, f"{label} {part}"
+    assert checked > 0
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_refusals(alone):
+    x = torch.ones(1, 3, 2)
+    with pytest.raises(NotImplementedError, match=r"context_parallel: op must be one of linear_scan, .*, got relu"):
+        context_parallel(torch.relu, x)
+    with pytest.raises(NotImplementedError, match="cumsum_log_a must be None"):
+        context_parallel(ssmscan.matrix_scan, x[..., None], cumsum_log_a=-x)
+    bounds = torch.tensor([0, 3])
+    with pytest.raises(NotImplementedError, match="scale_first must be True with cu_seqlens"):
+        context_parallel(ssmscan.rg_lru, x, x, x, torch.ones(2), scale_first=False, cu_seqlens=bounds)
+    for bounds in map(torch.tensor, ([0, 4], [1, 3], [0, 2, 1, 3])):
+        with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the 3 tokens of all ranks"):
+            context_parallel(ssmscan.linear_scan, x, x, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="linear_scan: "):
+        context_parallel(ssmscan.linear_scan, x, x[:, :2])
