@@ -1,7 +1,8 @@
 """Pictures of results. They need matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ssmscan.bench.compare import Pair
 from ssmscan.bench.report import NAMES, axes
@@ -77,6 +78,32 @@ def over_floor(pairs: Sequence[Pair], gpu: str, path: Path) -> None:
     plane.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plane.xaxis.set_minor_locator(NullLocator())
     _finish(figure, plane, f"Time over the floor on {gpu.upper()}", path)
+
+
+def speedups(rows: Sequence[Mapping[str, Any]], gpu: str, path: Path) -> None:
+    """Write the picture of how many times faster transformers' models run when patched, by benchmarks/patched.py."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ordered = sorted(rows, key=lambda row: (row["direction"] != "train", row["model"]))
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(rows)), dpi=160, layout="constrained")
+    plane = figure.add_subplot(xscale="log")
+    for direction, colour in zip(("train", "generate"), _COLOURS.values(), strict=True):
+        places = [-i for i, row in enumerate(ordered) if row["direction"] == direction]
+        ratios = [ordered[-place]["ratio"] for place in places]
+        plane.barh(places, [ratio - 1 for ratio in ratios], left=1, height=0.5, color=colour, label=direction)
+        for place, ratio in zip(places, ratios, strict=True):
+            row = ordered[-place]
+            text = f" {ratio:.3g}×: {row['before_s']:.3g} s to {row['after_s']:.3g} s"
+            plane.text(ratio, place, text, va="center", color=_INK, fontsize=9)
+    plane.axvline(1, color=_MUTED, lw=1.3, ls=(0, (4, 3)))
+    plane.set_xlim(0.9, 12 * max(row["ratio"] for row in rows))
+    plane.set_yticks([-i for i in range(len(ordered))], [row["model"] for row in ordered])
+    plane.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
+    plane.xaxis.set_major_locator(LogLocator(subs=(1,)))
+    plane.xaxis.set_minor_locator(NullLocator())
+    shape = axes({"layers": ordered[0]["layers"], "b": ordered[0]["batch"], "l": ordered[0]["length"]})
+    _finish(figure, plane, f"transformers' models, patched, on {gpu.upper()}: {shape}", path)
 
 
 def _label(pair: Pair) -> str:

@@ -15,8 +15,8 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
-# Files beside those of the operations: of whole models, and of other libraries.
-BESIDE = ("models", "others")
+# Files beside those of the operations: of whole models, transformers' models and other libraries.
+BESIDE = ("models", "others", "transformers")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ssmscan.backend import choose
 from ssmscan.ops.registration import needs_grad, observed
@@ -66,6 +67,17 @@ def fused(function: str, dtype: torch.dtype, h: Tensor, *inputs: Tensor | None) 
     return on_gpu and not needs_grad(h, *inputs) and 0 not in h.stride()
 
 
+def compiled(function: str, dtype: torch.dtype, h: Tensor, *inputs: Tensor | None) -> bool:
+    """Whether ``function`` computes a token by its Numba kernel, rather than in PyTorch.
+
+    On the CPU, where nothing observes the call, and again not in float64, nor where a derivative is asked for.
+    """
+    if choose(function, "auto", h.device.type, dtype) != "cpu" or dtype is torch.float64:
+        return False
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not (transformed or needs_grad(h, *inputs) or observed((h, *inputs)))
+
+
 def advance(
     token: Token,
     inputs: Sequence[Tensor | None],
@@ -74,9 +86,10 @@ def advance(
     several: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Advance the state ``h`` in plain PyTorch, with arithmetic in ``dtype``, and return y.
+    """Advance the state ``h`` token by token, with arithmetic in ``dtype``, and return y.
 
-    ``inputs`` are what ``token`` reads of each token, x first: (b, l, ...) of ``several`` tokens, (b, ...) of one.
+    ``inputs`` are what ``token`` reads of each token, x first: (b, l, ...) of ``several`` tokens, (b, ...) of one. It
+    may overwrite the state that it is given.
     """
     if state_indices is None:
         # A derivative may need the state before.
@@ -92,7 +105,7 @@ def advance(
     taken = (state_indices >= 0) & (state_indices < h.shape[0])
     rows = state_indices.long().clamp(0, h.shape[0] - 1)
     before = h[rows]
-    y, after = _run(token, inputs, before, several, dtype)
+    y, after = _run(token, inputs, before.clone(), several, dtype)
     after = torch.where(_beside(taken, after), after, before)
     # How many batch rows are skipped is unknown on the host, so these write too: what the first of the others does, or
     # if there is none, what is there.

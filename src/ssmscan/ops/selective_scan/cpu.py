@@ -22,7 +22,7 @@ from ssmscan.shapes import state_dtype
 WIDTH = 64
 
 
-def _exp(out, bits, v):
+def exponential(out, bits, v):
     """out = exp(v), along rows, of which none may be another; bits and v are lost.
 
     The library's exponential is a call, which does not vectorise.
@@ -30,7 +30,7 @@ def _exp(out, bits, v):
     raise NotImplementedError
 
 
-@overload(_exp, jit_options={"error_model": "numpy"})
+@overload(exponential, jit_options={"error_model": "numpy"})
 def _overload_exp(out, bits, v):
     if out.dtype.bitwidth == 64:
 
@@ -84,7 +84,7 @@ def _overload_softplus(out, scratch, bits, v):
         # log1p(e) = 2·atanh(e / (2 + e)), in powers of the square of that quotient.
         for j in range(v.shape[0]):
             scratch[j] = -abs(v[j])
-        _exp(out, bits, scratch)
+        exponential(out, bits, scratch)
         for j in range(v.shape[0]):
             s = out[j] / (np.float32(2.0) + out[j])
             p = np.float32(0.28157778) * s * s + np.float32(0.27965158)
@@ -100,7 +100,7 @@ def _overload_softplus(out, scratch, bits, v):
 def _sigmoid(out, scratch, bits, v):
     for j in range(v.shape[0]):
         scratch[j] = -v[j]
-    _exp(out, bits, scratch)
+    exponential(out, bits, scratch)
     for j in range(v.shape[0]):
         out[j] = 1 / (1 + out[j])
 
@@ -115,7 +115,7 @@ def _dot(a, b):
 
 
 @compiled
-def _step_size(delta, v, scratch, bits, dt, bias, softplus):
+def step_size(delta, v, scratch, bits, dt, bias, softplus):
     for j in range(dt.shape[0]):
         v[j] = dt[j] + bias[j]
     if softplus:
@@ -131,7 +131,7 @@ def _advance(h, decay, scratch, bits, a, delta, u, B):
         ak, row = a[k], scratch[k * delta.shape[0] : (k + 1) * delta.shape[0]]
         for j in range(delta.shape[0]):
             row[j] = ak[j] * delta[j]
-    _exp(decay.reshape(-1), bits, scratch)
+    exponential(decay.reshape(-1), bits, scratch)
     for k in range(a.shape[0]):
         hk, dk, Bk = h[k], decay[k], B[k]
         for j in range(delta.shape[0]):
@@ -169,7 +169,7 @@ def _forward(
             saved[i, step // SPAN, :, first:end] = state
         xr, yr = row(x, strides[0], i, t, first, end), y[i, t, first:end]
         dtr = row(dt, strides[1], i, t, first, end)
-        _step_size(delta, v, scratch[:width], bits[:width], dtr, bias[first:end], softplus)
+        step_size(delta, v, scratch[:width], bits[:width], dtr, bias[first:end], softplus)
         for j in range(width):
             u[j] = delta[j] * xr[j]
         _advance(state, decay, scratch, bits, a, delta, u, B[i, t, group])
@@ -215,7 +215,7 @@ def _backward(
             before[at] = state
             xr = row(x, strides[0], i, t, first, end)
             dtr = row(dt, strides[1], i, t, first, end)
-            _step_size(deltas[at], vs[at], scratch[:width], bits[:width], dtr, br, softplus)
+            step_size(deltas[at], vs[at], scratch[:width], bits[:width], dtr, br, softplus)
             for j in range(width):
                 u[j] = deltas[at, j] * xr[j]
             _advance(state, decays[at], scratch, bits, a, deltas[at], u, B[i, t, group])

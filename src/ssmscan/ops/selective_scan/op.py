@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ssmscan.ops.decoding import check_state, fused, leading_axes
+from ssmscan.ops.decoding import check_state, compiled, fused, leading_axes
 from ssmscan.ops.packing import enter
 from ssmscan.ops.selective_scan import autograd, plain, reference
 from ssmscan.ops.selective_scan.autograd import Inputs, Options
@@ -137,9 +137,15 @@ def selective_scan_step(
     B, C = _check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
     check_flags("selective_scan_step", dt_softplus=dt_softplus)
     check_state("selective_scan_step", h, "d, n", x.shape[0], A.shape, state_indices)
-    if fused("selective_scan_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
+    read = (x, dt, A, B, C, D, z, dt_bias)
+    dtype = state_dtype(*read, h)
+    if fused("selective_scan_step", dtype, h, *read):
         return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus))
-    return reference.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, dt_softplus)
+    if compiled("selective_scan_step", dtype, h, *read):
+        from ssmscan.ops.selective_scan.cpu_step import selective_scan_step as step
+
+        return step(*read, h, state_indices, dt_softplus)
+    return reference.selective_scan_step(*read, h, state_indices, dt_softplus)
 
 
 def _check(

@@ -60,7 +60,7 @@ LARGEST = 2.0**40
 
 
 @compiled
-def _step(raw, softplus, low, high):
+def step_size(raw, softplus, low, high):
     """The step size, and its derivative by dt; beyond 20 softplus is taken for straight, as PyTorch does."""
     zero, one = type(raw)(0), type(raw)(1)
     size, slope = raw, one
@@ -80,7 +80,7 @@ def steps(out, dt, A, bias, softplus, low, high, number, batch, begin):
     """Step sizes and decays, (2, b, l, h), of a stretch of tokens."""
     for t in range(begin, min(begin + STRETCH, dt.shape[1])):
         for head in range(dt.shape[2]):
-            size, _ = _step(dt[batch, t, head] + bias[head], softplus, low, high)
+            size, _ = step_size(dt[batch, t, head] + bias[head], softplus, low, high)
             out[0, batch, t, head] = size
             out[1, batch, t, head] = exp(size * A[head])
 
@@ -90,7 +90,7 @@ def step_gradients(ddt, dA, dbias, dsteps, dt, A, bias, softplus, low, high, num
     """From the gradients of step sizes and log-decays; each stretch has its own part of dA and of dbias."""
     for t in range(begin, min(begin + STRETCH, dt.shape[1])):
         for head in range(dt.shape[2]):
-            size, slope = _step(dt[batch, t, head] + bias[head], softplus, low, high)
+            size, slope = step_size(dt[batch, t, head] + bias[head], softplus, low, high)
             dlog = dsteps[1, batch, t, head]
             gradient = slope * (dsteps[0, batch, t, head] + A[head] * dlog)
             ddt[batch, t, head] = gradient

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.ops.decoding import check_state, fused, leading_axes
+from ssmscan.ops.decoding import check_state, compiled, fused, leading_axes
 from ssmscan.ops.packing import enter
 from ssmscan.ops.ssd import autograd, plain, reference
 from ssmscan.ops.ssd.autograd import Inputs, Options
@@ -148,9 +148,15 @@ def ssd_step(
     check_flags("ssd_step", dt_softplus=dt_softplus)
     check_state("ssd_step", h, "h, p, n", x.shape[0], (*x.shape[-2:], B.shape[-1]), state_indices)
     low, high = map(float, dt_limit)
-    if fused("ssd_step", state_dtype(x, dt, A, B, C, D, z, dt_bias, h), h, x, dt, A, B, C, D, z, dt_bias):
+    read = (x, dt, A, B, C, D, z, dt_bias)
+    dtype = state_dtype(*read, h)
+    if fused("ssd_step", dtype, h, *read):
         return autograd.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus), low, high)
-    return reference.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, dt_softplus, low, high)
+    if compiled("ssd_step", dtype, h, *read):
+        from ssmscan.ops.ssd.cpu_step import ssd_step as step
+
+        return step(*read, h, state_indices, dt_softplus, low, high)
+    return reference.ssd_step(*read, h, state_indices, dt_softplus, low, high)
 
 
 def check(
