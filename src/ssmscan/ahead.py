@@ -9,6 +9,8 @@ from torch import Tensor
 
 # As many calls of a new shape come before a graph records one: kernels are compiled and launches settled by then.
 _WARMUP = 3
+# Graphs of one function; calls of further shapes run as they are.
+_MOST = 16
 # Steps that may be queued on a device before the host waits for the oldest.
 _AHEAD = 2
 
@@ -46,7 +48,7 @@ class Recorded:
             graph.replay()
             return result.clone()
         self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= _WARMUP:
+        if self.calls[key] <= _WARMUP or len(self.graphs) == _MOST:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 result = self.function(first, *parts)
