@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ssmscan import causal_conv1d, gated_rms_norm, ssd
 from ssmscan.ahead import Recorded
-from ssmscan.bench.result import commit, machine, now, versions
+from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 from ssmscan.models import SSMForCausalLM, preset
 from ssmscan.tasks import Batch
 from ssmscan.training import TrainConfig
@@ -169,12 +169,7 @@ def main() -> None:
         torch.compiler.reset()
     if given.out is not None:
         path = given.out / machine("cuda") / "models.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        key = ("model", "direction", "batch", "length", "mode")
-        new = {tuple(row[name] for name in key) for row in rows}
-        kept = [row for row in kept if tuple(row[name] for name in key) not in new]
-        path.write_text(json.dumps(kept + rows, indent=1) + "\n", encoding="utf-8")
+        replace_rows(path, rows, ("model", "direction", "batch", "length", "mode"))
 
 
 if __name__ == "__main__":

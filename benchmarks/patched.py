@@ -17,7 +17,7 @@ import torch
 
 import ssmscan
 from ssmscan.bench.plot import speedups
-from ssmscan.bench.result import commit, machine, now, versions
+from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 
 WIDTH, VOCABULARY, PROMPT, NEW = 768, 1024, 16, 33
 MODELS = {
@@ -126,11 +126,7 @@ def main() -> None:
     if given.out is None:
         return
     path = given.out / machine(given.device) / "transformers.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    new = {(row["model"], row["direction"]) for row in rows}
-    rows = [row for row in kept if (row["model"], row["direction"]) not in new] + rows
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows = replace_rows(path, rows, ("model", "direction"))
     if given.image is not None:
         speedups(rows, machine(given.device), given.image)
 

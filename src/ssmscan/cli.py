@@ -1,4 +1,4 @@
-"""The command ``ssmscan``: train, generate, tokenize, bench, info.
+"""The command ``ssmscan``: train, generate, eval, tokenize, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 141 when the output's reader is
 gone; an error is one line on stderr.

@@ -191,3 +191,11 @@ def test_device_rows(tmp_path):
     assert record.host_us is not None
     assert {row.variant for row in record.rows} == {"headline", "x and a", "launches", result.STEP}
     assert all(row.median_ms > 0 and row.peak_mib is not None and row.peak_mib > 0 for row in record.rows)
+
+
+def test_rows_of_the_same_key_are_replaced(tmp_path):
+    path = tmp_path / "h200" / "models.json"
+    old = [{"model": "a", "ms": 1}, {"model": "b", "ms": 2}]
+    assert result.replace_rows(path, old, ["model"]) == old
+    kept = [{"model": "b", "ms": 2}, {"model": "a", "ms": 3}]
+    assert result.replace_rows(path, [{"model": "a", "ms": 3}], ["model"]) == kept == json.loads(path.read_text())

@@ -3,11 +3,12 @@
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,3 +110,13 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True
     ).stdout.strip()
+
+
+def replace_rows(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
+    """Write ``rows`` into a file of rows, in place of those with the same values of ``key``; all that it then holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    new = {tuple(row[name] for name in key) for row in rows}
+    rows = [row for row in kept if tuple(row[name] for name in key) not in new] + [*rows]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.ahead import Late, Recorded
-from ssmscan.generation.sampling import Sampling
+from ssmscan.generation.sampling import Sampling, seen_tokens
 from ssmscan.generation.speculation import speculate
 from ssmscan.shapes import INDEX, check_integer, error
 
@@ -218,15 +218,3 @@ class Generator:
         for layer in self.cache.layers:
             layer.length = 0
         return self.model(tokens, cache=self.cache).logits
-
-
-def seen_tokens(sampling: Sampling, input_ids: Tensor, attention_mask: Tensor | None, v: int) -> Tensor | None:
-    """Which tokens are in each prompt, (b, v), padding apart; None where nobody asks."""
-    if sampling.repetition_penalty == 1:
-        return None
-    seen = torch.zeros(input_ids.shape[0], v, dtype=torch.bool, device=input_ids.device)
-    if attention_mask is not None:
-        # In place of padding, on the left, the last token of the prompt.
-        there = attention_mask.to(input_ids.device).bool()
-        input_ids = torch.where(there, input_ids, input_ids[:, -1:])
-    return seen.scatter_(1, input_ids.long(), True)

@@ -92,3 +92,15 @@ class Sampling:
             ordered = ordered.masked_fill(chances.cumsum(-1) - chances >= self.top_p, -math.inf)
             scores = torch.empty_like(scores).scatter_(-1, order, ordered)
         return scores
+
+
+def seen_tokens(sampling: Sampling, input_ids: Tensor, attention_mask: Tensor | None, v: int) -> Tensor | None:
+    """Which tokens are in each prompt, (b, v), padding apart; None where nobody asks."""
+    if sampling.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(input_ids.shape[0], v, dtype=torch.bool, device=input_ids.device)
+    if attention_mask is not None:
+        # In place of padding, on the left, the last token of the prompt.
+        there = attention_mask.to(input_ids.device).bool()
+        input_ids = torch.where(there, input_ids, input_ids[:, -1:])
+    return seen.scatter_(1, input_ids.long(), True)

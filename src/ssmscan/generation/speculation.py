@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssmscan.generation.sampling import Sampling
+from ssmscan.generation.sampling import Sampling, seen_tokens
 from ssmscan.layers import copy, restore
 
 if TYPE_CHECKING:
@@ -33,16 +33,14 @@ def speculate(
     the draft proposes after it. Where a proposal is refused, both go back to their states before the block and read
     again what was taken of it.
     """
-    from ssmscan.generation.generator import seen_tokens
-
     seen = seen_tokens(sampling, input_ids, attention_mask, scores.shape[-1])
     block = sampling.choose(scores, seen, random)
     yield block.cpu()
-    given = 1
+    given, both = 1, (target, draft)
+    states = [layer.state for one in both for layer in one.cache.layers]
     while given < max_new_tokens and block[-1].item() not in ends:
         count = min(target.proposals, max_new_tokens - given)
-        last, before = block[-1:], [copy([layer.state for layer in one.cache.layers]) for one in (target, draft)]
-        states = [[layer.state for layer in one.cache.layers] for one in (target, draft)]
+        last, saved = block[-1:], copy(states)
         seen = _also(seen, last)
         chances, guesses, proposed = [], seen, last
         for _ in range(count):
@@ -55,8 +53,8 @@ def speculate(
         accepted, following = verify(p, torch.stack(chances), proposed[1:], random)
         block = torch.cat([proposed[1 : accepted + 1], following])
         if accepted < count:
-            for one, held, saved in zip((target, draft), states, before, strict=True):
-                restore(held, saved)
+            restore(states, saved)
+            for one in both:
                 one.forward(proposed[: accepted + 1].unsqueeze(0))
         else:
             draft.advance(proposed[-1:].unsqueeze(0))
@@ -65,8 +63,7 @@ def speculate(
             given += 1
             if token.item() in ends:
                 return
-        for token in block[:-1].split(1):
-            seen = _also(seen, token)
+        seen = _also(seen, block[:-1])
 
 
 def verify(p: Tensor, q: Tensor, proposed: Tensor, random: torch.Generator) -> tuple[int, Tensor]:
@@ -104,8 +101,6 @@ def _each(sampling: Sampling, scores: Tensor, seen: Tensor | None, proposed: Ten
     return torch.stack(rows)
 
 
-def _also(seen: Tensor | None, token: Tensor) -> Tensor | None:
-    """``seen`` with one more token, (1,), or none."""
-    if seen is None or len(token) == 0:
-        return seen
-    return seen.index_fill(1, token, True)
+def _also(seen: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """``seen`` with more tokens, (k,)."""
+    return None if seen is None else seen.index_fill(1, tokens, True)

@@ -16,7 +16,7 @@ from ssmscan.training.batches import batches
 from ssmscan.training.clock import Clock
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
-from ssmscan.training.evaluation import evaluate, means
+from ssmscan.training.evaluation import evaluate, means, scored
 from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
@@ -120,7 +120,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
             plot(folder / "curves.png", task.title, report.lines, measure, target)
             # The last file, for it marks the run as finished.
             replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
-            print(f"\n{_example(model, config, device)}\n", flush=True)
+            print(f"\n{_example(model, config)}\n", flush=True)
     if target is not None and not target.reached(metrics.evaluation):
         raise RunError(
             f"train: {target.measure} must reach {target.bound:g}, got {metrics.evaluation[target.measure]:.4f} after "
@@ -159,10 +159,8 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 @torch.no_grad()
-def _example(model: SSMForCausalLM, config: TrainConfig, device: torch.device) -> str:
+def _example(model: SSMForCausalLM, config: TrainConfig) -> str:
     """An example of the evaluation with the model's answer, as a person would read it."""
     example = config.task.batch(1, config.seed, 0, "eval")
-    inputs = example.inputs(device)
-    del inputs["shift_labels"]
-    predictions = model(**inputs, use_cache=False).logits.argmax(-1)
-    return config.task.render(example.tokens[0], example.targets[0], predictions[0].cpu())
+    logits, _ = scored(model, example)
+    return config.task.render(example.tokens[0], example.targets[0], logits[0].argmax(-1).cpu())
