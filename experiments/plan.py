@@ -56,11 +56,12 @@ class Run:
                 ended = [run for run in self.waits_for if fnmatch(run.name, pattern) and run.status == "finished"]
                 if not ended:
                     raise ValueError(f"{self.name}: {name} must be that of a finished run, got none of {pattern}.")
-                self.options[name] = min(ended, key=lambda run: last_loss(run.folder)).options[name]
+                best = min(ended, key=lambda run: last_loss(run.folder)).options[name]
+                self.options[name] = best * value["times"] if "times" in value else best
 
 
 def _pattern(value: object) -> str | None:
-    return value["best_of"] if isinstance(value, dict) and value.keys() == {"best_of"} else None
+    return value.get("best_of") if isinstance(value, dict) else None
 
 
 def read(paths: Sequence[Path], folder: Path) -> list[Run]:

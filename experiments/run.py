@@ -16,8 +16,8 @@ A file has groups of runs:
         mamba: {model.mixers: mamba}
 
 An option that is {best_of: group/pattern} takes the value it has in that one of the matching runs whose last evaluation
-had the smallest loss; the run waits for all of them. Runs start in the order of the files, and none overtakes another
-that only waits for a GPU.
+had the smallest loss, and {best_of: group/pattern, times: 0.5} half of it; the run waits for all of them. Runs start in
+the order of the files, and none overtakes another that only waits for a GPU.
 """
 
 import argparse
@@ -124,13 +124,15 @@ def work(runs: Sequence[Run], machine: Machine, minutes: float) -> None:
     deadline = time.monotonic() + 60 * minutes
     waiting = [run for run in runs if run.status is None]
     try:
-        while (waiting or machine.active) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
             machine.advance()
             for run in [run for run in waiting if all(other.status for other in run.waits_for)]:
                 if not machine.has_room(run):
                     break
                 waiting.remove(run)
                 machine.start(run)
+            if not machine.active:
+                break
             time.sleep(0.1)
     finally:
         machine.stop()
