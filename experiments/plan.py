@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+
 from experiments.record import last_loss
 
 RECIPES = Path(__file__).parent.parent / "recipes"
