@@ -2,14 +2,58 @@
 
 import json
 import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import yaml
 
 # Lines of each split that stay in a log.
 LINES = 80
 # A step counts as a spike where its loss is so much above the median of as many logged steps before it (nats).
 _SPIKE, _BEFORE = 0.5, 10
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a run: ``kind`` and ``seed`` are the parts of its name, ``about`` is record.json."""
+
+    folder: Path
+    kind: str
+    seed: int
+    about: dict[str, Any]
+
+    @property
+    def group(self) -> str:
+        return self.folder.parent.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The options of the run; none where it did not begin."""
+        path = self.folder / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Its last evaluation, its examination and the rest; none of one that did not end."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def curve(self, split: str, measure: str, over: str = "step") -> tuple[list[float], list[float]]:
+        """A measure of the log over its steps or seconds."""
+        lines = [line for line in read_log(self.folder) if line["split"] == split]
+        return [line[over] for line in lines], [line[measure] for line in lines]
+
+
+def read_records(root: Path) -> list[Record]:
+    """All records under ``root``, by group and name."""
+    records = []
+    for path in sorted(root.glob("*/*/record.json")):
+        kind, _, seed = path.parent.name.rpartition("-")
+        records.append(Record(path.parent, kind, int(seed), json.loads(path.read_text(encoding="utf-8"))))
+    return records
 
 
 def keep(run: Path, record: Path, about: dict[str, Any]) -> None:
@@ -62,9 +106,7 @@ def training(lines: list[dict[str, Any]]) -> dict[str, float]:
     if not steps:
         return {}
     losses = [line["loss"] for line in steps]
-    spikes = sum(
-        losses[i] > median(losses[i - _BEFORE : i]) + _SPIKE for i in range(_BEFORE, len(losses))
-    )  # fmt: skip
+    spikes = sum(losses[i] > median(losses[i - _BEFORE : i]) + _SPIKE for i in range(_BEFORE, len(losses)))
     told = {
         "tokens_per_second": median(line["tokens_per_second"] for line in steps),
         # Behind the first tenth, where the gradient of a model that knows nothing is long.
