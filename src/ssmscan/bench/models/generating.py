@@ -24,7 +24,7 @@ SPARE = 8
 WARM_UP, STEPS = 8, 32
 # Calls of a Generator, of which the median counts, and the seconds after which no other begins.
 CALLS = 5
-BUDGET = 3.0
+BUDGET = 2.0
 
 
 class Reader:
