@@ -52,7 +52,7 @@ class Machine:
 
     def start(self, run: Run) -> None:
         """Begin or continue ``run`` where most is free."""
-        if not self.has_gpus and "cuda_graph" in run.options:
+        if not self.has_gpus:
             run.options["cuda_graph"] = False
         try:
             run.settle()
