@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssmscan.bench.figures import draw_all
 from ssmscan.bench.models import generating, operations, training
 from ssmscan.bench.models.experiment import Experiment, Settings, run
+from ssmscan.bench.result import machine, read_rows
 from ssmscan.models import PRESETS
 from ssmscan.shapes import error
 
@@ -62,6 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--mode", nargs="+", default=("eager",), choices=training.MODES, help="how a training step is launched"
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--images", type=Path, help="folder for pictures of all figures that are recorded")
     parser.add_argument("--seconds", type=float, help="after which no other row begins (default: no limit)")
 
 
@@ -103,4 +107,8 @@ def run_experiments(given: Namespace) -> bool:
         device=given.device,
     )
     done = [run(EXPERIMENTS[name], settings, given.out, given.commit, given.seconds) for name in names]
+    if given.images is not None:
+        here = machine(given.device)
+        for path in draw_all(read_rows(given.out, "figures").get(here, []), here, given.images):
+            print(path)
     return all(done)
