@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from argparse import ArgumentTypeError
 from functools import partial
 from pathlib import Path
@@ -66,7 +68,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
     parser.add_argument("--images", type=Path, help="folder for pictures of all figures that are recorded")
-    parser.add_argument("--seconds", type=float, help="after which no other row begins (default: no limit)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no row begins (default: no limit)")
 
 
 def _positive(text: str) -> int:
@@ -106,7 +108,8 @@ def run_experiments(given: Namespace) -> bool:
         checkpointing=given.checkpointing,
         device=given.device,
     )
-    done = [run(EXPERIMENTS[name], settings, given.out, given.commit, given.seconds) for name in names]
+    end = time.monotonic() + given.seconds
+    done = [run(EXPERIMENTS[name], settings, given.out, given.commit, end) for name in names]
     if given.images is not None:
         here = machine(given.device)
         for path in draw_all(read_rows(given.out, "figures").get(here, []), here, given.images):
