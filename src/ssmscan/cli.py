@@ -175,7 +175,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         ("generate", generate_parser(), "continue a text by a model"),
         ("eval", eval_parser(), "measure how well a model foretells a text"),
         ("tokenize", tokenize_parser(), "turn text into tokens to train on"),
-        ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
+        ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations and whole models"),
         ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
     ):
         commands.add_subcommand(name, subparser, help=text)

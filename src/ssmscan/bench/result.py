@@ -75,6 +75,12 @@ def read_all(folder: Path) -> list[Result]:
     return [Result.read(path) for path in sorted(folder.glob("*/*.json")) if path.stem not in BESIDE]
 
 
+def read_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each machine's ``<name>.json`` under ``folder``."""
+    paths = sorted(folder.glob(f"*/{name}.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def machine(device: str) -> str:
     """The machine's name in a path: "h200" of an NVIDIA H200, "h100" of an NVIDIA H100 80GB HBM3, or "cpu"."""
     return _short(torch.cuda.get_device_name()) if device == "cuda" else "cpu"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from argparse import ArgumentTypeError
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssmscan.bench.figures import draw_all
 from ssmscan.bench.models import generating, operations, training
 from ssmscan.bench.models.experiment import Experiment, Settings, run
+from ssmscan.bench.result import machine, read_rows
 from ssmscan.models import PRESETS
 from ssmscan.shapes import error
 
@@ -62,7 +67,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--mode", nargs="+", default=("eager",), choices=training.MODES, help="how a training step is launched"
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
-    parser.add_argument("--seconds", type=float, help="after which no other row begins (default: no limit)")
+    parser.add_argument("--images", type=Path, help="folder for pictures of all figures that are recorded")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no row begins (default: no limit)")
 
 
 def _positive(text: str) -> int:
@@ -102,5 +108,10 @@ def run_experiments(given: Namespace) -> bool:
         checkpointing=given.checkpointing,
         device=given.device,
     )
-    done = [run(EXPERIMENTS[name], settings, given.out, given.commit, given.seconds) for name in names]
+    end = time.monotonic() + given.seconds
+    done = [run(EXPERIMENTS[name], settings, given.out, given.commit, end) for name in names]
+    if given.images is not None:
+        here = machine(given.device)
+        for path in draw_all(read_rows(given.out, "figures").get(here, []), here, given.images):
+            print(path)
     return all(done)

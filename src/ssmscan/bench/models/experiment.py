@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ def run(
     settings: Settings,
     out: Path | None,
     source: str | None = None,
-    seconds: float | None = None,
+    end: float = math.inf,
 ) -> bool:
     """Measure row after row; print each, and write it to ``out/<gpu>/<file>.json``, before the next one begins.
 
@@ -75,17 +76,16 @@ def run(
         settings: at which sizes.
         out: the folder of results; None writes nothing.
         source: the commit to record; None asks git.
-        seconds: no row begins later than this; None is no limit.
+        end: no row begins later than this, as ``time.monotonic`` counts (seconds).
 
     Returns:
         Whether all went well. A row that does not fit in memory, or would take too long, says so and is no failure.
     """
-    end = time.monotonic() + seconds if seconds else float("inf")
     origin = {"commit": source or commit(), "torch": versions()[0]}
     well = True
     for about, measure in experiment.rows(settings.over(experiment.defaults)):
         if time.monotonic() > end:
-            print(f"bench: stopped after {seconds:g} s, before {json.dumps(about)}", file=sys.stderr)
+            print(f"bench: the time is over before {json.dumps(about)}", file=sys.stderr)
             break
         _free()
         found, fault = _attempt(measure)

@@ -35,7 +35,7 @@ PATIENCE = {"scan_length": 2.0, "naive": 4.0}
 
 
 class Work(NamedTuple):
-    """A function and its inputs, all of which have gradients."""
+    """A function and its inputs, in all of which it is differentiated."""
 
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
@@ -56,8 +56,8 @@ def convolution(x: Tensor, k: Tensor) -> Tensor:
     """y_t = Σ_j k_j x_{t-j} for each channel, x and k (…, d, l), in float32."""
     l = x.shape[-1]
     # Twice as long, since the product of transforms is a convolution in a circle.
-    product = torch.fft.rfft(x.float(), 2 * l) * torch.fft.rfft(k.float(), 2 * l)
-    return torch.fft.irfft(product, 2 * l)[..., :l].to(x.dtype)
+    transform = torch.fft.rfft(x.float(), 2 * l) * torch.fft.rfft(k.float(), 2 * l)
+    return torch.fft.irfft(transform, 2 * l)[..., :l].to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,7 +88,8 @@ def _ours(case: OpCase, size: Size, option: Option, dtype: torch.dtype, backend:
         def function(*inputs: Tensor) -> Tensor:
             return call.replace(**dict(zip(call.tensors, inputs, strict=True))).run(backend)["y"]
 
-        return Work(function, tuple(call.tensors.values()))
+        # Those of the CPU are drawn once for several calls.
+        return Work(function, tuple(tensor.detach() for tensor in call.tensors.values()))
 
     return Operation(work, check=lambda device: gate.check_small(case, benchmark(2, gate.SMALL["l"]), backend, device))
 

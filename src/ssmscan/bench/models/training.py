@@ -158,6 +158,7 @@ def train_length(settings: Settings) -> Iterator[Planned]:
         tokens = max(settings.batches) * max(settings.lengths)
         for length in sorted(settings.lengths):
             batch = tokens // length
-            about = {"figure": "train_length", "line": name, "direction": "train", "batch": batch, "length": length}
+            line = name if mode == "eager" else f"{name} ({mode})"
+            about = {"figure": "train_length", "line": line, "direction": "train", "batch": batch, "length": length}
             steps = _steps_of(name, batch, mode, settings)
             yield {**about, "mode": mode}, partial(measure, steps, batch, length, settings.device)
