@@ -16,7 +16,7 @@ COLOURS = {
     "transformer": "#15803d",
     "s4d": "#6b7280",
     "rg_lru": "#be185d",
-    "gated_ssm": "#b45309",
+    "gated_ssm": "#0d9488",
     "float32": "#2563eb",
     "bfloat16": "#c2410c",
     "float16": "#15803d",
@@ -26,13 +26,13 @@ COLOURS = {
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
-    """A figure of ``count`` planes beside one another."""
+def panels(rows: int, columns: int, title: str) -> tuple[Any, Sequence[Any]]:
+    """A figure, and its planes row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2 if count == 1 else 4.8 * count, 4.2), dpi=160, layout="constrained")
+    figure = Figure(figsize=(7.2 if columns == 1 else 4.8 * columns, 1.4 + 2.8 * rows), dpi=160, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", color=_INK, fontsize=11, fontweight="bold")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def finish(figure: Any, planes: Sequence[Any], path: Path) -> None:
