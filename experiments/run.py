@@ -3,7 +3,9 @@
     python -m experiments.run experiments/synthetic.yaml --gpus 4 --minutes 9
 
 A run that has ended is passed over and one that was stopped is continued, so the same command, given again, goes on
-where the last one ended. Of each run that ends, config, metrics, evaluations and a thinned log are copied to --records.
+where the last one ended. A run keeps the options that it began with: to change them, remove its folder and what stands
+beside it. Of each run that ends, config, metrics, evaluations and a thinned log are copied to --records.
+
 A file has groups of runs:
 
     group:                          # runs/group and experiments/group are its folders
@@ -52,7 +54,7 @@ class Machine:
 
     def start(self, run: Run) -> None:
         """Begin or continue ``run`` where most is free."""
-        if not self.has_gpus and "cuda_graph" in run.options:
+        if not self.has_gpus:
             run.options["cuda_graph"] = False
         try:
             run.settle()
@@ -102,10 +104,15 @@ class Machine:
     def _end(self, run: Run, status: str, error: str | None = None) -> None:
         run.status = status
         about = {"status": status, "error": error, "commit": self.commit, "date": time.strftime("%Y-%m-%d")}
-        run.beside(".json").parent.mkdir(parents=True, exist_ok=True)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
         run.beside(".json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-        keep(run.folder, self.records / run.name, {"recipe": run.recipe, "seed": run.seed, **about})
+        self.record(run)
         _say(f"{run.name}: {status}" + (f": {error}" if error else ""))
+
+    def record(self, run: Run) -> None:
+        """Keep what is to be kept of a run that has ended."""
+        about = json.loads(run.beside(".json").read_text(encoding="utf-8"))
+        keep(run.folder, self.records / run.name, {"recipe": run.recipe, "seed": run.seed, **about})
 
     def stop(self) -> None:
         """End all processes; trainings save a checkpoint first."""
@@ -153,13 +160,15 @@ def main() -> None:
     arguments = parser.parse_args()
     # As Ctrl-C does, end the processes first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    runs = read(arguments.files, arguments.runs)
+    machine = Machine(arguments.gpus, arguments.records, arguments.commit)
+    runs = [run for run in read(arguments.files, arguments.runs) if fnmatch(run.name, arguments.only)]
     for run in runs:
         if arguments.again and run.status == "failed":
             run.status = None
-    machine = Machine(arguments.gpus, arguments.records, arguments.commit)
-    chosen = [run for run in runs if fnmatch(run.name, arguments.only)]
-    work(chosen, machine, arguments.minutes)
+        elif run.status is not None:
+            # It may have been recorded elsewhere.
+            machine.record(run)
+    work(runs, machine, arguments.minutes)
 
 
 if __name__ == "__main__":
