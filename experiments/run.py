@@ -75,7 +75,8 @@ class Machine:
         arguments, output = command
         threads = max(1, (os.cpu_count() or 1) // (len(self.free) * run.slots))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu) if self.has_gpus else ""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = (visible.split(",")[gpu] if visible else str(gpu)) if self.has_gpus else ""
         _say(f"{run.name}: ssmscan {' '.join(arguments)}")
         with output.open("wb") as out, run.beside(".err").open("wb") as err:
             # In a session of its own, for Ctrl-C is for this process alone, which then stops the others in order.

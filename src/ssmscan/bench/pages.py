@@ -74,7 +74,7 @@ _HOST = (
     "number, and how many times that of PyTorch's `scaled_dot_product_attention` in the same run it is."
 )
 _MODELS = (
-    "Training steps under bfloat16 autocast, from the forward to AdamW's update, as `benchmarks/models.py` measures "
+    "Training steps under bfloat16 autocast, from the forward to AdamW's update, as `ssmscan bench models` measures "
     "them (`blocks`: a forward and backward of 24 layers' operations). A step as one CUDA graph takes what the device "
     "takes; the host's time is that of launching a short step."
 )
