@@ -8,7 +8,7 @@ from typing import Any
 from experiments.record import Record
 
 _INK, _MUTED, _GRID = "#22252b", "#6b7280", "#e5e7eb"
-COLOURS = {
+_COLOURS = {
     "mamba": "#2563eb",
     "mamba2": "#c2410c",
     "hybrid": "#7c3aed",
@@ -26,7 +26,7 @@ COLOURS = {
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def panels(rows: int, columns: int, title: str) -> tuple[Any, Sequence[Any]]:
+def panels(rows: int, columns: int, title: str) -> tuple[Any, Any]:
     """A figure, and its planes row by row."""
     from matplotlib.figure import Figure
 
@@ -51,12 +51,21 @@ def finish(figure: Any, planes: Sequence[Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def _colour(kind: str) -> str:
+    return _COLOURS.get(kind.split("-")[0], _INK)
+
+
+def _dashes(kind: str) -> str:
+    """Broken for a variant, as in mamba-long."""
+    return "--" if "-" in kind else "-"
+
+
 def over_steps(plane: Any, kinds: Mapping[str, Sequence[Record]], curve: Callable[[Record], Curve]) -> None:
     """A thin line for each run, and one name for all of a kind."""
     for kind, records in kinds.items():
         for place, record in enumerate(records):
             label = kind if place == 0 else None
-            plane.plot(*curve(record), color=COLOURS[kind], lw=1.4, alpha=0.8, label=label)
+            plane.plot(*curve(record), color=_colour(kind), lw=1.4, ls=_dashes(kind), alpha=0.8, label=label)
 
 
 def over_places(plane: Any, kinds: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
@@ -65,11 +74,11 @@ def over_places(plane: Any, kinds: Mapping[str, Mapping[int, Sequence[float]]]) 
 
     places = sorted({place for values in kinds.values() for place in values})
     for kind, values in kinds.items():
-        at = sorted(values)
-        plane.fill_between(
-            at, [min(values[p]) for p in at], [max(values[p]) for p in at], color=COLOURS[kind], alpha=0.15, lw=0
-        )
-        plane.plot(at, [mean(values[p]) for p in at], color=COLOURS[kind], lw=2, marker="o", ms=4, label=kind)
+        at, colour = sorted(values), _colour(kind)
+        least, most = ([pick(values[place]) for place in at] for pick in (min, max))
+        plane.fill_between(at, least, most, color=colour, alpha=0.15, lw=0)
+        means = [mean(values[p]) for p in at]
+        plane.plot(at, means, color=colour, lw=2, ls=_dashes(kind), marker="o", ms=4, label=kind)
     plane.set_xscale("log", base=2)
     plane.set_xticks(places[:: -(-len(places) // 8)], [short(place) for place in places[:: -(-len(places) // 8)]])
     plane.xaxis.set_minor_locator(NullLocator())

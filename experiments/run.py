@@ -42,9 +42,12 @@ class Machine:
     """GPUs, or the processor where there are none, and the runs that are at work on them."""
 
     def __init__(self, gpus: int, records: Path, commit: str | None) -> None:
-        self.free = {gpu: Fraction(1) for gpu in range(max(gpus, 1))}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
+        # By what makes it the one visible GPU of a process.
+        self.free = dict.fromkeys(names[:gpus] or [""], Fraction(1))
         self.has_gpus, self.records, self.commit = gpus > 0, records, commit
-        self.active: list[tuple[Run, int, subprocess.Popen[bytes]]] = []
+        self.active: list[tuple[Run, str, subprocess.Popen[bytes]]] = []
 
     def has_room(self, run: Run) -> bool:
         return max(self.free.values()) >= self._share(run)
@@ -66,7 +69,7 @@ class Machine:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         self._proceed(run, gpu)
 
-    def _proceed(self, run: Run, gpu: int) -> None:
+    def _proceed(self, run: Run, gpu: str) -> None:
         command = run.next_command()
         if command is None:
             self.free[gpu] += self._share(run)
@@ -75,8 +78,7 @@ class Machine:
         arguments, output = command
         threads = max(1, (os.cpu_count() or 1) // (len(self.free) * run.slots))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = (visible.split(",")[gpu] if visible else str(gpu)) if self.has_gpus else ""
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
         _say(f"{run.name}: ssmscan {' '.join(arguments)}")
         with output.open("wb") as out, run.beside(".err").open("wb") as err:
             # In a session of its own, for Ctrl-C is for this process alone, which then stops the others in order.

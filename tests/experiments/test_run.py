@@ -64,15 +64,16 @@ def test_runs_share_gpus_and_wait_for_others(tmp_path, monkeypatch):
     for run in runs[:3:2]:
         run.options["optim.lr"] = 1e-3
     monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     monkeypatch.setattr(running.subprocess, "Popen", Process)
     running.work(runs, running.Machine(2, tmp_path / "records", "0123456"), minutes=1)
     # No room for e beside a, b and c, and none for what waits for them.
     assert [(p.name, p.gpu, p.beside) for p in Process.started] == [
-        ("pairs/a-0", "0", []),
-        ("pairs/b-0", "1", ["pairs/a-0"]),
-        ("pairs/c-0", "0", ["pairs/a-0", "pairs/b-0"]),
-        ("alone/d-0", "0", []),
-        ("alone/e-0", "1", ["alone/d-0"]),
+        ("pairs/a-0", "3", []),
+        ("pairs/b-0", "5", ["pairs/a-0"]),
+        ("pairs/c-0", "3", ["pairs/a-0", "pairs/b-0"]),
+        ("alone/d-0", "3", []),
+        ("alone/e-0", "5", ["alone/d-0"]),
     ]
     assert all(process.started_alone for process in Process.started)
     assert [run.status for run in runs] == ["finished", "failed", "finished", "finished", "finished", "failed"]
@@ -80,6 +81,14 @@ def test_runs_share_gpus_and_wait_for_others(tmp_path, monkeypatch):
     none, refused = "got none of pairs/b*.", "optim: lr must be positive and finite, got -1."
     assert errors == [None, None, f"alone/f-0: optim.lr must be that of a finished run, {none}", None, refused, None]
     assert [run.status for run in _read(tmp_path)] == [run.status for run in runs]
+
+
+def test_gpus_are_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert list(running.Machine(2, tmp_path, None).free) == ["3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert list(running.Machine(2, tmp_path, None).free) == ["0", "1"]
+    assert list(running.Machine(0, tmp_path, None).free) == [""]
 
 
 def test_what_others_wait_for_must_be_there(tmp_path):
