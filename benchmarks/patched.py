@@ -5,7 +5,7 @@
 
 A training step is a forward and a backward, in float32 on the CPU and under bfloat16 autocast on a GPU; generating is
 33 tokens after a prompt of 16, greedily. Times are the least of several, taken by turns, in seconds. Before, logits and
-tokens in float32 are compared; ``error`` is the largest difference of logits, relative to the largest logit.
+tokens of 2 layers in float32 are compared; ``error`` is the largest difference of logits, relative to the largest logit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 
 WIDTH, VOCABULARY, PROMPT, NEW = 768, 1024, 16, 33
 # Tokens of a sequence whose logits are compared, and how far these may differ.
-CHECKED, TOLERANCE = 64, 1e-4
+CHECKED, TOLERANCE = 64, 1e-5
 MODELS = {
     "mamba": ("Mamba", {}),
     "mamba2": ("Mamba2", {"num_heads": 2 * WIDTH // 64, "head_dim": 64, "n_groups": 1, "state_size": 128}),
@@ -93,8 +93,9 @@ def seconds(step: Callable[[], object], device: str) -> float:
 
 def measure(name: str, direction: str, given: argparse.Namespace) -> dict[str, object]:
     """One row: the least time of a step without the patch and with it."""
+    # Random weights multiply what float32 rounds: in 24 layers both are 1e-4 from float64.
+    error = compare(build(name, 2, given.device), name, given.device)
     model = build(name, given.layers, given.device)
-    error = compare(model, name, given.device)
     step = step_of(model, direction, given.batch, given.length, given.device)
     before: list[float] = []
     after: list[float] = []

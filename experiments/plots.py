@@ -8,7 +8,7 @@ from typing import Any
 from experiments.record import Record
 
 _INK, _MUTED, _GRID = "#22252b", "#6b7280", "#e5e7eb"
-COLOURS = {
+_COLOURS = {
     "mamba": "#2563eb",
     "mamba2": "#c2410c",
     "hybrid": "#7c3aed",
@@ -16,7 +16,7 @@ COLOURS = {
     "transformer": "#15803d",
     "s4d": "#6b7280",
     "rg_lru": "#be185d",
-    "gated_ssm": "#b45309",
+    "gated_ssm": "#0d9488",
     "float32": "#2563eb",
     "bfloat16": "#c2410c",
     "float16": "#15803d",
@@ -26,13 +26,13 @@ COLOURS = {
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
-def panels(count: int, title: str) -> tuple[Any, Sequence[Any]]:
-    """A figure of ``count`` planes beside one another."""
+def panels(rows: int, columns: int, title: str) -> tuple[Any, Any]:
+    """A figure, and its planes row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2 if count == 1 else 4.8 * count, 4.2), dpi=160, layout="constrained")
+    figure = Figure(figsize=(7.2 if columns == 1 else 4.8 * columns, 1.4 + 2.8 * rows), dpi=160, layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", color=_INK, fontsize=11, fontweight="bold")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
 def finish(figure: Any, planes: Sequence[Any], path: Path) -> None:
@@ -51,12 +51,21 @@ def finish(figure: Any, planes: Sequence[Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def _colour(kind: str) -> str:
+    return _COLOURS.get(kind.split("-")[0], _INK)
+
+
+def _dashes(kind: str) -> str:
+    """Broken for a variant, as in mamba-long."""
+    return "--" if "-" in kind else "-"
+
+
 def over_steps(plane: Any, kinds: Mapping[str, Sequence[Record]], curve: Callable[[Record], Curve]) -> None:
     """A thin line for each run, and one name for all of a kind."""
     for kind, records in kinds.items():
         for place, record in enumerate(records):
             label = kind if place == 0 else None
-            plane.plot(*curve(record), color=COLOURS[kind], lw=1.4, alpha=0.8, label=label)
+            plane.plot(*curve(record), color=_colour(kind), lw=1.4, ls=_dashes(kind), alpha=0.8, label=label)
 
 
 def over_places(plane: Any, kinds: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
@@ -65,11 +74,11 @@ def over_places(plane: Any, kinds: Mapping[str, Mapping[int, Sequence[float]]]) 
 
     places = sorted({place for values in kinds.values() for place in values})
     for kind, values in kinds.items():
-        at = sorted(values)
-        plane.fill_between(
-            at, [min(values[p]) for p in at], [max(values[p]) for p in at], color=COLOURS[kind], alpha=0.15, lw=0
-        )
-        plane.plot(at, [mean(values[p]) for p in at], color=COLOURS[kind], lw=2, marker="o", ms=4, label=kind)
+        at, colour = sorted(values), _colour(kind)
+        least, most = ([pick(values[place]) for place in at] for pick in (min, max))
+        plane.fill_between(at, least, most, color=colour, alpha=0.15, lw=0)
+        means = [mean(values[p]) for p in at]
+        plane.plot(at, means, color=colour, lw=2, ls=_dashes(kind), marker="o", ms=4, label=kind)
     plane.set_xscale("log", base=2)
     plane.set_xticks(places[:: -(-len(places) // 8)], [short(place) for place in places[:: -(-len(places) // 8)]])
     plane.xaxis.set_minor_locator(NullLocator())

@@ -44,7 +44,7 @@ def accuracies(records: Iterable[Record]) -> list[float]:
 def selective_copying(records: Sequence[Record], picture: Path) -> str:
     kinds = by_kind(records)
     ranked = sorted(kinds, key=lambda kind: -mean(accuracies(kinds[kind])))
-    figure, planes = plots.panels(1, "Selective copying, 16 of 4096 tokens, 2 layers of width 64")
+    figure, planes = plots.panels(1, 1, "Selective copying, 16 of 4096 tokens, 2 layers of width 64")
     plots.over_steps(planes[0], {kind: kinds[kind] for kind in ranked}, lambda run: run.curve("eval", "accuracy"))
     planes[0].set(xlabel="step", ylabel="accuracy at 4096 tokens", ylim=(0, 1.03))
     plots.finish(figure, planes, picture)
@@ -67,7 +67,7 @@ def induction_heads(records: Sequence[Record], picture: Path) -> str:
         for name, value in record.metrics["examination"].items():
             length = int(name.removeprefix("accuracy_at_"))
             kinds.setdefault(record.kind, {}).setdefault(length, []).append(value)
-    figure, planes = plots.panels(1, "Induction heads, learned at up to 1024 tokens")
+    figure, planes = plots.panels(1, 1, "Induction heads, learned at up to 1024 tokens")
     plots.over_places(planes[0], kinds)
     planes[0].set(xlabel="tokens", ylabel="accuracy", ylim=(0, 1.03))
     plots.finish(figure, planes, picture)
@@ -84,7 +84,7 @@ def associative_recall(records: Sequence[Record], picture: Path) -> str:
         kind: {int(width): accuracies(of) for width, of in by_kind(runs, 1).items()}
         for kind, runs in by_kind(records, 0).items()
     }
-    figure, planes = plots.panels(1, "Associative recall, 32 pairs in 256 tokens, 2 layers")
+    figure, planes = plots.panels(1, 1, "Associative recall, 32 pairs in 256 tokens, 2 layers")
     plots.over_places(planes[0], kinds)
     planes[0].set(xlabel="width of the model", ylabel="accuracy", ylim=(0, 1.03))
     plots.finish(figure, planes, picture)
@@ -97,7 +97,7 @@ def associative_recall(records: Sequence[Record], picture: Path) -> str:
 
 def copying(records: Sequence[Record], picture: Path) -> str:
     lengths = by_kind(records, 0)
-    figure, planes = plots.panels(2 * len(lengths), "Copying by 12 layers of GatedSSM in three precisions")
+    figure, planes = plots.panels(len(lengths), 2, "Copying by 12 layers of GatedSSM in three precisions")
     rows = []
     for place, (length, runs) in enumerate(sorted(lengths.items(), key=lambda item: int(item[0]))):
         kinds = by_kind(runs, 1)
@@ -128,7 +128,7 @@ def books_sweep(records: Sequence[Record], picture: Path) -> str:
 
 
 def books(records: Sequence[Record], picture: Path) -> str:
-    figure, planes = plots.panels(2, "126 million parameters on the same text")
+    figure, planes = plots.panels(1, 2, "126 million parameters on the same text")
     ranked = sorted(records, key=lambda run: run.metrics["evaluation"]["loss"])
     kinds = {record.kind: [record] for record in ranked}
 

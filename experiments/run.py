@@ -3,7 +3,9 @@
     python -m experiments.run experiments/synthetic.yaml --gpus 4 --minutes 9
 
 A run that has ended is passed over and one that was stopped is continued, so the same command, given again, goes on
-where the last one ended. Of each run that ends, config, metrics, evaluations and a thinned log are copied to --records.
+where the last one ended. A run keeps the options that it began with: to change them, remove its folder and what stands
+beside it. Of each run that ends, config, metrics, evaluations and a thinned log are copied to --records.
+
 A file has groups of runs:
 
     group:                          # runs/group and experiments/group are its folders
@@ -40,9 +42,12 @@ class Machine:
     """GPUs, or the processor where there are none, and the runs that are at work on them."""
 
     def __init__(self, gpus: int, records: Path, commit: str | None) -> None:
-        self.free = {gpu: Fraction(1) for gpu in range(max(gpus, 1))}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
+        # By what makes it the one visible GPU of a process.
+        self.free = dict.fromkeys(names[:gpus] or [""], Fraction(1))
         self.has_gpus, self.records, self.commit = gpus > 0, records, commit
-        self.active: list[tuple[Run, int, subprocess.Popen[bytes]]] = []
+        self.active: list[tuple[Run, str, subprocess.Popen[bytes]]] = []
 
     def has_room(self, run: Run) -> bool:
         return max(self.free.values()) >= self._share(run)
@@ -64,7 +69,7 @@ class Machine:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         self._proceed(run, gpu)
 
-    def _proceed(self, run: Run, gpu: int) -> None:
+    def _proceed(self, run: Run, gpu: str) -> None:
         command = run.next_command()
         if command is None:
             self.free[gpu] += self._share(run)
@@ -73,8 +78,7 @@ class Machine:
         arguments, output = command
         threads = max(1, (os.cpu_count() or 1) // (len(self.free) * run.slots))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = (visible.split(",")[gpu] if visible else str(gpu)) if self.has_gpus else ""
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
         _say(f"{run.name}: ssmscan {' '.join(arguments)}")
         with output.open("wb") as out, run.beside(".err").open("wb") as err:
             # In a session of its own, for Ctrl-C is for this process alone, which then stops the others in order.
@@ -103,10 +107,15 @@ class Machine:
     def _end(self, run: Run, status: str, error: str | None = None) -> None:
         run.status = status
         about = {"status": status, "error": error, "commit": self.commit, "date": time.strftime("%Y-%m-%d")}
-        run.beside(".json").parent.mkdir(parents=True, exist_ok=True)
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
         run.beside(".json").write_text(json.dumps(about) + "\n", encoding="utf-8")
-        keep(run.folder, self.records / run.name, {"recipe": run.recipe, "seed": run.seed, **about})
+        self.record(run)
         _say(f"{run.name}: {status}" + (f": {error}" if error else ""))
+
+    def record(self, run: Run) -> None:
+        """Keep what is to be kept of a run that has ended."""
+        about = json.loads(run.beside(".json").read_text(encoding="utf-8"))
+        keep(run.folder, self.records / run.name, {"recipe": run.recipe, "seed": run.seed, **about})
 
     def stop(self) -> None:
         """End all processes; trainings save a checkpoint first."""
@@ -154,13 +163,15 @@ def main() -> None:
     arguments = parser.parse_args()
     # As Ctrl-C does, end the processes first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    runs = read(arguments.files, arguments.runs)
+    machine = Machine(arguments.gpus, arguments.records, arguments.commit)
+    runs = [run for run in read(arguments.files, arguments.runs) if fnmatch(run.name, arguments.only)]
     for run in runs:
         if arguments.again and run.status == "failed":
             run.status = None
-    machine = Machine(arguments.gpus, arguments.records, arguments.commit)
-    chosen = [run for run in runs if fnmatch(run.name, arguments.only)]
-    work(chosen, machine, arguments.minutes)
+        elif run.status is not None:
+            # It may have been recorded elsewhere.
+            machine.record(run)
+    work(runs, machine, arguments.minutes)
 
 
 if __name__ == "__main__":
