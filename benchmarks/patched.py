@@ -5,7 +5,7 @@
 
 A training step is a forward and a backward, in float32 on the CPU and under bfloat16 autocast on a GPU; generating is
 33 tokens after a prompt of 16, greedily. Times are the least of several, taken by turns, in seconds. Before, logits and
-tokens of 2 layers in float32 are compared; ``error`` is the largest difference of logits, relative to the largest logit.
+tokens of 2 layers in float32 are compared; ``error`` is the largest difference of logits over the largest logit.
 """
 
 import argparse
