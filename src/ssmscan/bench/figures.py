@@ -110,17 +110,18 @@ def draw_all(rows: Sequence[Row], gpu: str, folder: Path) -> list[Path]:
 
 
 def _panel(plane, panel: Panel, axis: str, rows: Sequence[Row]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     plane.set_xscale("log", base=2)
     plane.set_yscale(panel.scale)
-    for line in dict.fromkeys(row["line"] for row in rows):
+    for i, line in enumerate(dict.fromkeys(row["line"] for row in rows)):
         own = sorted((row for row in rows if row["line"] == line), key=lambda row: row[axis])
         text, colour = _LINES.get(line.split("-")[0], (line, MUTED))
         points = [(row[axis], row[panel.value]) for row in own if row.get(panel.value) is not None]
         if not points:
             continue
-        plane.plot(*zip(*points, strict=True), color=colour, lw=2, marker="o", ms=4.5, label=text)
+        # Ever thinner, for where two are alike.
+        plane.plot(*zip(*points, strict=True), color=colour, lw=3.2 - 0.6 * i, marker="o", ms=4.5, label=text)
         full = [row[axis] for row in own if _full(row)]
         if full:
             (place, value), end = points[-1], full[0]
@@ -140,7 +141,10 @@ def _panel(plane, panel: Panel, axis: str, rows: Sequence[Row]) -> None:
     plane.yaxis.set_major_formatter(FuncFormatter(_short))
     plane.yaxis.set_minor_formatter(NullFormatter())
     if panel.scale == "linear":
-        plane.set_ylim(0)
+        plane.set_ylim(0, 1.08 * plane.get_ylim()[1])
+    else:
+        bottom, top = plane.get_ylim()
+        plane.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if top < 300 * bottom else (1.0,)))
     plane.set_xlabel(axis, color=MUTED)
     plane.set_ylabel(panel.unit, color=MUTED)
     plane.set_title(panel.title, color=INK, fontsize=10, loc="left")
