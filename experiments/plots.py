@@ -46,7 +46,7 @@ def finish(figure: Any, planes: Sequence[Any], path: Path) -> None:
         for spine in plane.spines.values():
             spine.set_visible(False)
     handles, labels = planes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=6, loc="outside lower left", labelcolor=_INK, fontsize=9)
+    figure.legend(handles, labels, frameon=False, ncols=5, loc="outside lower left", labelcolor=_INK, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
