@@ -82,6 +82,13 @@ def test_compile(case, option, backend, device, setting, size):
     _check_compiled(case, option, backend, device, setting, size, (21, 26))
 
 
+@pytest.mark.grid(first=True, needs=("dtype",), backends=("cpu", "triton"))
+def test_compile_with_a_dtype_of_the_output(case, option, backend, device, size):
+    run, _ = _compiled(backend)
+    call = case.call(option, size).cast(torch.float32, device).set(dtype=torch.bfloat16)
+    assert_same_bits(differentiate(run, call), call.differentiate(backend))
+
+
 # The torch backend is unrolled into thousands of operators, which takes half a minute to trace.
 @pytest.mark.slow
 @pytest.mark.grid(backends=("torch",), settings=(PLAIN, H0, PACKED))
