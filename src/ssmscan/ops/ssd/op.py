@@ -186,7 +186,7 @@ def check(
     check_shape(function, "C", C, token + "g, n", B.shape, "B")
     check_shape(function, "z", z, token + "h, p", x.shape, "x")
     check_shape(function, "dt_bias", dt_bias, "h", (heads,), "x")
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, p)):
+    if D is not None and D.shape != (heads,) and D.shape != (heads, p):
         rule = f"D must have shape (h) = ({heads},) or (h, p) = ({heads}, {p}) to match x"
         raise ValueError(error(function, rule, tuple(D.shape)))
     if groups == 0 or heads % groups != 0:
