@@ -27,7 +27,15 @@ def test_registered_operators(case, option, backend, device, setting, size):
 
     In bfloat16, where states have another dtype than x.
     """
-    call = case.call(option, size, setting).cast(torch.bfloat16, device)
+    _check_operators(case.call(option, size, setting).cast(torch.bfloat16, device), backend)
+
+
+@pytest.mark.grid(first=True, needs=("dtype",), backends=("cpu", "triton"))
+def test_registered_operators_with_a_dtype_of_the_output(case, option, backend, device, size):
+    _check_operators(case.call(option, size).cast(torch.float32, device).set(dtype=torch.bfloat16), backend)
+
+
+def _check_operators(call, backend):
     recorder = Recorder()
     with recorder:
         call.differentiate(backend)
@@ -80,13 +88,6 @@ def _check_compiled(case, option, backend, device, setting, size, lengths):
 @pytest.mark.grid(backends=("cpu", "triton"), settings=(PLAIN, PACKED), costly=True)
 def test_compile(case, option, backend, device, setting, size):
     _check_compiled(case, option, backend, device, setting, size, (21, 26))
-
-
-@pytest.mark.grid(first=True, needs=("dtype",), backends=("cpu", "triton"))
-def test_compile_with_a_dtype_of_the_output(case, option, backend, device, size):
-    run, _ = _compiled(backend)
-    call = case.call(option, size).cast(torch.float32, device).set(dtype=torch.bfloat16)
-    assert_same_bits(differentiate(run, call), call.differentiate(backend))
 
 
 # The torch backend is unrolled into thousands of operators, which takes half a minute to trace.
