@@ -23,6 +23,7 @@ Feature = Literal[
     "h0",  # takes an initial state
     "reverse",  # runs from the right with reverse=True
     "cu_seqlens",  # takes packed sequences
+    "dtype",  # returns y in a dtype that is asked for
     "step",  # has a decode step of the same mathematics
     "split",  # run in pieces, the state carried from one to the next, it gives the same
     "causal",  # y before a token does not change by one bit with that token
@@ -149,7 +150,7 @@ class OpCase:
     def has(self, option: Option, *features: Feature) -> bool:
         """Whether the operation, called as ``option``, has all of ``features``."""
         parameters = inspect.signature(self.op).parameters
-        arguments: tuple[Feature, ...] = ("h0", "reverse", "cu_seqlens")
+        arguments: tuple[Feature, ...] = ("h0", "reverse", "cu_seqlens", "dtype")
         present: dict[Feature, bool] = {argument: argument in parameters for argument in arguments}
         present["step"] = self.step is not None
         present["split"] = "h0" in parameters
@@ -336,7 +337,8 @@ class Standard:
         ``device``: whose exponentials are what another backend there can be held to.
         """
         cotangents = draw_cotangents(call.run("reference"))
-        wide = call.cast(torch.float64)
+        # In float64 y too, whatever the call asks for.
+        wide = call.cast(torch.float64).set(dtype=None)
         oracle = wide.differentiate("reference", {name: _widen(tensor) for name, tensor in cotangents.items()})
         there = _moved(cotangents, device)
         return cls(there, _moved(oracle, device), call.to(device).differentiate("reference", there), _sums(wide))

@@ -71,6 +71,16 @@ def test_extremes(case, option, backend, device, dtype, setting, size, extreme):
     _check(case, option, backend, device, dtype, setting, size, extreme)
 
 
+@pytest.mark.grid(needs=("dtype",), interpret="values")
+def test_dtype_of_the_output(case, option, backend, device, dtype, size):
+    """Narrower than x, or wider: y is rounded once, and the incoming gradient is read in its dtype."""
+    asked = torch.bfloat16 if dtype.itemsize > 2 else torch.float32
+    call = case.call(option, size).cast(dtype).set(dtype=asked)
+    standard = Standard.of(call, device)
+    assert standard.reference["y"].dtype is asked
+    _judge(call.to(device), standard, backend, dtype)
+
+
 @pytest.mark.grid(dtypes=(torch.bfloat16,))
 def test_one_narrow_input(case, option, backend, device, dtype, size):
     """Under autocast a layer's x comes in bfloat16 and its decays in float32: y has x's dtype, a gradient its own."""

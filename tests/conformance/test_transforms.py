@@ -27,7 +27,15 @@ def test_registered_operators(case, option, backend, device, setting, size):
 
     In bfloat16, where states have another dtype than x.
     """
-    call = case.call(option, size, setting).cast(torch.bfloat16, device)
+    _check_operators(case.call(option, size, setting).cast(torch.bfloat16, device), backend)
+
+
+@pytest.mark.grid(first=True, needs=("dtype",), backends=("cpu", "triton"))
+def test_registered_operators_with_a_dtype_of_the_output(case, option, backend, device, size):
+    _check_operators(case.call(option, size).cast(torch.float32, device).set(dtype=torch.bfloat16), backend)
+
+
+def _check_operators(call, backend):
     recorder = Recorder()
     with recorder:
         call.differentiate(backend)

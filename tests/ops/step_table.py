@@ -14,8 +14,10 @@ from ssmscan.ops.matrix_scan.case import CASE as MATRIX_SCAN
 from ssmscan.ops.rg_lru.case import CASE as RG_LRU
 from ssmscan.ops.s4d.case import CASE as S4D
 from ssmscan.ops.selective_scan.case import CASE as SELECTIVE_SCAN
+from ssmscan.ops.selective_scan.case import LOGARITHM as SELECTIVE_SCAN_LOGARITHM
 from ssmscan.ops.ssd.case import CASE as SSD
 from ssmscan.ops.ssd.case import ELEMENTWISE
+from ssmscan.ops.ssd.case import LOGARITHM as SSD_LOGARITHM
 
 CASES = (CAUSAL_CONV1D, LINEAR_SCAN, MATRIX_SCAN, RG_LRU, SELECTIVE_SCAN, SSD, S4D)
 OPTIONS = [
@@ -24,7 +26,7 @@ OPTIONS = [
     for option in case.options
     if case.has(option, "step") and option.name != "conv, complex"
 ]
-OPTIONS += [(SSD, ELEMENTWISE)]
+OPTIONS += [(SSD, ELEMENTWISE), (SSD, SSD_LOGARITHM), (SELECTIVE_SCAN, SELECTIVE_SCAN_LOGARITHM)]
 FIRST = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 ALL = pytest.mark.parametrize(("case", "option"), OPTIONS, ids=lambda value: value.name.replace(" ", "_"))
 

@@ -114,7 +114,7 @@ class Hydra(Mamba2):
         y = ssd_bidirectional(
             heads,
             dt,
-            -torch.exp(self.A_log),
+            self.A_log,
             B,
             C,
             dt_rev=dt_rev,
@@ -123,6 +123,7 @@ class Hydra(Mamba2):
             shift=True,
             dt_bias=self.dt_bias,
             dt_softplus=True,
+            A_is_log=True,
             cu_seqlens=cu_seqlens,
         )
         y = y + heads * (self.fc_D(u) + self.D).to(u.dtype).unsqueeze(-1)

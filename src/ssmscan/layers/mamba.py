@@ -168,7 +168,7 @@ class Mamba(Mixer):
         else:
             dt, dt_bias = self.dt_proj(dt), None
         tokens = {"x": u, "dt": dt, "B": B, "C": C, "z": z}
-        fixed = {"A": -torch.exp(self.A_log), "D": self.D, "dt_bias": dt_bias, "dt_softplus": True}
+        fixed = {"A": self.A_log, "A_is_log": True, "D": self.D, "dt_bias": dt_bias, "dt_softplus": True}
         return self.out_proj(advance(selective_scan, selective_scan_step, scan, cu_seqlens, tokens, **fixed))
 
     def extra_repr(self) -> str:

@@ -174,7 +174,7 @@ class Mamba2(Mixer):
         u, pair = u.split([self.d_inner, self.pair_width], -1)
         B, C = self._pair(pair)
         tokens = {"x": u.unflatten(-1, (self.nheads, self.headdim)), "dt": dt, "B": B, "C": C}
-        fixed: dict[str, Any] = {"A": -torch.exp(self.A_log), "D": self.D, "dt_bias": self.dt_bias}
+        fixed: dict[str, Any] = {"A": self.A_log, "A_is_log": True, "D": self.D, "dt_bias": self.dt_bias}
         fixed |= {"dt_softplus": True, "dt_limit": self.dt_limit}
         if self.causal:
             y = advance(ssd, ssd_step, scan, cu_seqlens, tokens, **fixed)

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmscan.backend import choose
 from ssmscan.layers.parameters import WideParameters, wide
 from ssmscan.ops import gated_rms_norm
+from ssmscan.ops.registration import observed, transformed
+from ssmscan.shapes import state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,7 +29,8 @@ class RMSNorm(WideParameters):
         device, dtype: of what the norm returns; None is PyTorch's default. The weight is float32 or wider always.
 
     The forward takes x, (..., m), and returns y in its shape and in the dtype that the module was made in or converted
-    to, which is that of the layers after it where the residual stream is wider. It computes in float32 or wider.
+    to, which is that of the layers after it where the residual stream is wider. It computes in float32 or wider. On a
+    GPU in eager mode it is the one kernel of :func:`ssmscan.gated_rms_norm`, which has no second derivative.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 
@@ -63,9 +67,20 @@ class RMSNorm(WideParameters):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
+        if self._fused(x):
+            return gated_rms_norm(x, self.weight, eps=self.eps, dtype=self.dtype)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         y = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
         return y.to(self.dtype)
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether our kernel, which rounds to another dtype by itself, takes x.
+
+        A compiler fuses PyTorch's norm with what stands around it; other observers and transforms know that one.
+        """
+        if observed((x, self.weight)) or transformed() or self.eps <= 0:
+            return False
+        return choose("RMSNorm", "auto", x.device.type, state_dtype(x, self.weight)) == "triton"
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

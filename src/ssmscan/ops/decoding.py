@@ -9,10 +9,9 @@ from itertools import repeat
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ssmscan.backend import choose
-from ssmscan.ops.registration import needs_grad, observed
+from ssmscan.ops.registration import needs_grad, observed, transformed
 from ssmscan.shapes import INDEX, check_dense, check_shape, error
 
 # The output of one token, and the state after it, from the inputs of the token and the state before it.
@@ -74,8 +73,7 @@ def compiled(function: str, dtype: torch.dtype, h: Tensor, *inputs: Tensor | Non
     """
     if choose(function, "auto", h.device.type, dtype) != "cpu" or dtype is torch.float64:
         return False
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return not (transformed or needs_grad(h, *inputs) or observed((h, *inputs)))
+    return not (transformed() or needs_grad(h, *inputs) or observed((h, *inputs)))
 
 
 def advance(

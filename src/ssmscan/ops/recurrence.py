@@ -34,6 +34,11 @@ def recurrence(a: Tensor, u: Tensor, h: Tensor, sequence: Tensor | None, reverse
     return hs, torch.where(_beside(empty, u), h, hs[0, token])
 
 
+def decay_rates(A: Tensor, is_log: bool, dtype: torch.dtype) -> Tensor:
+    """A, or of log(-A) in its place -exp(A), in ``dtype``."""
+    return -torch.exp(A.to(dtype)) if is_log else A
+
+
 def carry(
     m: Tensor, k: Tensor, u: Tensor, h: Tensor, first: Tensor | None, owner: Tensor | None
 ) -> tuple[Tensor, Tensor]:

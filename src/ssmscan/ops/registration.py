@@ -37,7 +37,14 @@ MODULES = {
     ("cpu", "forward"): "cpu",
     ("cpu", "backward"): "cpu",
 }
-TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", int: "SymInt"}
+TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    float: "float",
+    int: "SymInt",
+    torch.dtype: "ScalarType",
+}
 
 
 class Operator:
@@ -341,6 +348,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative may be at work, of which no kernel knows."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def observed(tensors: Sequence[Tensor | None]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from ssmscan import backend as available
 from ssmscan.ops.ssd import plain
 from ssmscan.ops.ssd.case import CASE, ELEMENTWISE, LAYER
-from ssmscan.ops.ssd.op import ssd
+from ssmscan.ops.ssd.op import ssd, ssd_step
 from ssmscan.testing import Setting, Standard, assert_close, rms_ratio, same_bits, widest
 
 SIZE = {"b": 2, "l": 37, "h": 4, "p": 3, "g": 2, "n": 5}
@@ -98,3 +98,15 @@ def test_levels_of_chunks(setting, monkeypatch):
     monkeypatch.setattr(plain, "CHUNK", 4)
     call = CASE.call(LAYER, {**SIZE, "l": 150}, setting)
     assert_close(call.differentiate("torch"), call.differentiate("reference"), torch.float64)
+
+
+@torch.no_grad()
+def test_compiled_for_one_token_and_for_several():
+    """The number of heads is a variable to the compiler then, beside a D whose length it knows."""
+    compiled = torch.compile(ssd_step, backend="eager", fullgraph=True)
+    call = CASE.call(LAYER, SIZE).cast(torch.float32)
+    h = torch.zeros(SIZE["b"], SIZE["h"], SIZE["p"], SIZE["n"])
+    other = h.clone()
+    for some in (call.each(lambda tensor: tensor[:, 0]), call.each(lambda tensor: tensor[:, :3])):
+        y = compiled(**some.tensors, **some.keywords, h=h)
+        assert_close({"y": y}, {"y": ssd_step(**some.tensors, **some.keywords, h=other)}, torch.float32)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ssmscan.ops.registration import Operator
@@ -17,10 +18,11 @@ class Options(NamedTuple):
     eps: float
     size: int  # channels of a group
     norm_before_gate: bool
+    dtype: torch.dtype  # of y
 
 
 def _outputs(inputs: Inputs, options: Options) -> Tensor:
-    return inputs.x.new_empty(inputs.x.shape)
+    return inputs.x.new_empty(inputs.x.shape, dtype=options.dtype)
 
 
 gated_rms_norm = Operator("gated_rms_norm", Inputs, Options, _outputs, state=False)

@@ -88,7 +88,7 @@ def _backward(x, gate, weight, dy, dx, dgate, total, eps, size, after, part, beg
 
 def forward(inputs: Inputs, options: Options) -> Tensor:
     x, weight, z = inputs
-    eps, size, norm_before_gate = options
+    eps, size, norm_before_gate, _ = options
     dtype = state_dtype(x, weight, z)
     y = empty(*x.shape, dtype=dtype)
     if y.numel() > 0:
@@ -97,12 +97,12 @@ def forward(inputs: Inputs, options: Options) -> Tensor:
         parts = [part[1:] for part in _parts(rows.shape[0])]
         scale = weight.to(dtype).contiguous().numpy()
         run(_forward, parts, _rows(x, dtype), gate, scale, rows.numpy(), eps, size, norm_before_gate)
-    return y.to(x.dtype)
+    return y.to(options.dtype)
 
 
 def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     x, weight, z = inputs
-    eps, size, norm_before_gate = options
+    eps, size, norm_before_gate, _ = options
     dtype = state_dtype(x, weight, z)
     d = x.shape[-1]
     n = x.numel() // max(d, 1)

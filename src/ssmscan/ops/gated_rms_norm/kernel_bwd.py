@@ -72,14 +72,14 @@ def gated_rms_norm_backward(
 
 def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     x, weight, z = inputs
-    eps, size, norm_before_gate = options
+    eps, size, norm_before_gate, _ = options
     dx, dweight, dz = room(inputs, needs)
     if x.numel() == 0:
         return [dx, dweight if dweight is None else dweight.zero_(), dz]
     x, dy, z = as_rows(x), as_rows(dy), None if z is None else as_rows(z)
     n, d = x.shape
     width = padded(size)
-    row_bytes = width * (2 * x.element_size() + (0 if z is None else z.element_size()))
+    row_bytes = width * sum(tensor.element_size() for tensor in (x, dy, z) if tensor is not None)
     groups, rows, walkers, warps, stages = tiling(BACKWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     parts = None if dweight is None else x.new_empty(walkers, d, dtype=torch.float32)
     gated_rms_norm_backward.launch(

@@ -68,8 +68,8 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 def forward(inputs: Inputs, options: Options) -> Tensor:
     x, weight, z = inputs
-    eps, size, norm_before_gate = options
-    y = x.new_empty(x.shape)
+    eps, size, norm_before_gate, dtype = options
+    y = x.new_empty(x.shape, dtype=dtype)
     if y.numel() == 0:
         return y
     x, z = as_rows(x), None if z is None else as_rows(z)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.gated_rms_norm import autograd, plain, reference
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
-from ssmscan.shapes import check_flags, check_shape, check_tensors, error, state_dtype
+from ssmscan.shapes import FLOATING, check_flags, check_shape, check_tensors, error, state_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,6 +24,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     group_size: int | None = None,
     norm_before_gate: bool = False,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "... d"]:
     """Normalise groups of channels by their root-mean-square, with a gate before or after it.
@@ -43,13 +44,15 @@ def gated_rms_norm(
         eps: added to the mean square, above 0. A row of zeros gives zeros, and finite gradients.
         group_size: channels that share a mean, a divisor of d; None is all d.
         norm_before_gate: take the second of the two forms. Without z they are the same.
+        dtype: of y; None is that of x. bfloat16 is what a layer in bfloat16 takes of a residual stream in float32. The
+            arithmetic is the same for any: y is rounded once, at its end.
         backend: "auto", "triton", "cpu", "torch" or "reference"; see :mod:`ssmscan.backend`.
 
     Returns:
-        y, (..., d), in x's dtype.
+        y, (..., d), in ``dtype``, or else in that of x.
 
     Raises:
-        TypeError: an argument is not a floating tensor.
+        TypeError: an argument is not a floating tensor, or ``dtype`` not a floating dtype.
         ValueError: a wrong shape, device or backend name, an ``eps`` that is not above 0, or a ``group_size`` that
             does not divide d.
         RuntimeError: the named backend cannot run here.
@@ -77,14 +80,17 @@ def gated_rms_norm(
         raise ValueError(error("gated_rms_norm", "eps must be above 0", eps))
     if group_size is not None and not isinstance(group_size, int | torch.SymInt):
         raise TypeError(error("gated_rms_norm", "group_size must be an integer or None", repr(group_size)))
+    if dtype is not None and dtype not in FLOATING:
+        rule = "dtype must be None, float32, bfloat16, float16 or float64"
+        raise TypeError(error("gated_rms_norm", rule, repr(dtype)))
     size = d if group_size is None else group_size
     # No channels, no groups.
     if d > 0 and (size <= 0 or d % size != 0):
         raise ValueError(error("gated_rms_norm", f"group_size must divide d = {d}", group_size))
     implementation = choose("gated_rms_norm", backend, x.device.type, state_dtype(x, weight, z))
-    inputs, options = Inputs(x, weight, z), Options(eps, size, norm_before_gate)
+    inputs, options = Inputs(x, weight, z), Options(eps, size, norm_before_gate, dtype or x.dtype)
     if implementation == "reference":
-        return reference.gated_rms_norm(*inputs, *options)
+        return reference.gated_rms_norm(*inputs, eps, size, norm_before_gate, options.dtype)
     if implementation == "torch":
         return plain.gated_rms_norm(inputs, options)
     return autograd.gated_rms_norm(inputs, options, implementation)

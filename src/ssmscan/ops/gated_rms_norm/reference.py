@@ -7,7 +7,7 @@ from ssmscan.shapes import state_dtype
 
 
 def gated_rms_norm(
-    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool, y_dtype: torch.dtype
 ) -> Tensor:
     dtype = state_dtype(x, weight, z)
     ys = []
@@ -23,5 +23,5 @@ def gated_rms_norm(
         u = u / torch.sqrt((u * u).mean(-1, keepdim=True) + eps) * weight[group].to(dtype)
         if norm_before_gate:
             u = u * gate
-        ys.append(u.to(x.dtype))
-    return torch.cat(ys, -1) if ys else x * 1
+        ys.append(u.to(y_dtype))
+    return torch.cat(ys, -1) if ys else (x * 1).to(y_dtype)

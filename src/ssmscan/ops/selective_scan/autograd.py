@@ -43,6 +43,6 @@ def _saved(inputs: Inputs, options: Options, h: Tensor) -> Tensor:
 selective_scan = Operator("selective_scan", Inputs, Options, _outputs, _saved, constants=1)
 selective_scan_step = define_step(
     "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? "
-    "dt_bias, Tensor(a!) h, Tensor? state_indices, bool softplus) -> Tensor",
+    "dt_bias, Tensor(a!) h, Tensor? state_indices, bool softplus, bool A_is_log) -> Tensor",
     __package__,
 )

@@ -63,6 +63,14 @@ def _no_decay(size, generator):
 GROUPED = Option("grouped, bias", ("x", "dt", "A", "B", "C", "D", "dt_bias"), inputs=_groups)
 
 
+def _logarithms(size, generator):
+    return {"A": torch.randn(size["d"], size["n"], generator=generator, dtype=torch.float64)}
+
+
+# Not among the case's options: the operation is that of -exp(A). The kernel of the step has it in itself.
+LOGARITHM = Option("log A", UNGATED.tensors, {**UNGATED.keywords, "A_is_log": True}, inputs=_logarithms)
+
+
 def _exponentials(size, direction):
     """A state's decay is one exponential, which the backward takes twice more; an H200 does 3.9e12 in a second."""
     times = {"fwd": 1, "fwdbwd": 3}[direction]

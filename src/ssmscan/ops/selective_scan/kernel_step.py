@@ -24,7 +24,7 @@ def selective_scan_tokens(
     x_batch, x_time, x_channel, dt_batch, dt_time, dt_channel, z_batch, z_time, z_channel,
     B_batch, B_time, B_group, B_state, C_batch, C_time, C_group, C_state, A_channel, A_state, h_row, h_channel, h_state,
     # constants
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+    SOFTPLUS: tl.constexpr, A_IS_LOG: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """y for L tokens and BD channels of one group of one batch row; the state is advanced in place."""
     blocks = tl.cdiv(per_group, BD)
@@ -43,6 +43,8 @@ def selective_scan_tokens(
     state = tl.load(pointers, mask=mask & taken, other=0.0)
     weights = A + (channels[:, None] * A_channel + states[None, :] * A_state)
     a = tl.load(weights, mask=mask, other=0.0).to(tl.float32)
+    if A_IS_LOG:
+        a = -exp(a)
     if dt_bias is not None:
         bias = tl.load(dt_bias + channels, mask=inside, other=0.0).to(tl.float32)
     if D is not None:
@@ -87,6 +89,7 @@ def step(
     h: Tensor,
     state_indices: Tensor | None,
     softplus: bool,
+    A_is_log: bool,
 ) -> Tensor:
     batch, d = x.shape[0], x.shape[-1]
     groups, n = B.shape[-2:]
@@ -101,6 +104,6 @@ def step(
         h,
         state_indices,
         (d, n, d // groups, *token_strides(3, x, dt, z), *token_strides(4, B, C), *A.stride(), *h.stride()),
-        (softplus, N, BD),
+        (softplus, A_is_log, N, BD),
         WARPS,
     )

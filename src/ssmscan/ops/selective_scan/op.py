@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ssmscan.ops.decoding import check_state, compiled, fused, leading_axes
 from ssmscan.ops.packing import enter
+from ssmscan.ops.recurrence import decay_rates
 from ssmscan.ops.selective_scan import autograd, plain, reference
 from ssmscan.ops.selective_scan.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
@@ -27,6 +28,7 @@ def selective_scan(
     *,
     dt_bias: Float[Tensor, " d"] | None = None,
     dt_softplus: bool = False,
+    A_is_log: bool = False,
     h0: Float[Tensor, "b d n"] | None = None,
     reverse: bool = False,
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
@@ -49,6 +51,7 @@ def selective_scan(
         z: gate, (b, l, d), before its silu; None is no gate.
         dt_bias: added to dt, (d,); None is 0.
         dt_softplus: whether the step size is the softplus of dt + dt_bias, or that sum itself.
+        A_is_log: whether A is given by its logarithm log(-A), as models keep it: -exp(A) stands in its place then.
         h0: initial state, (b, d, n), or (s, d, n) with ``cu_seqlens``; None is zero.
         reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
             the one at the left end.
@@ -78,11 +81,12 @@ def selective_scan(
         ([2.0, 4.0, 6.0], [3.0, 3.0])
     """
     B, C = _check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
-    check_flags("selective_scan", dt_softplus=dt_softplus, reverse=reverse)
+    check_flags("selective_scan", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     implementation, sequence, h0 = enter(
         "selective_scan", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A"
     )
+    A = decay_rates(A, A_is_log, dtype)
     inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
     if implementation == "reference":
         return reference.selective_scan(*inputs, *options)
@@ -102,6 +106,7 @@ def selective_scan_step(
     *,
     dt_bias: Float[Tensor, " d"] | None = None,
     dt_softplus: bool = False,
+    A_is_log: bool = False,
     h: Float[Tensor, "rows d n"],
     state_indices: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
@@ -110,9 +115,9 @@ def selective_scan_step(
     .. math:: h \\leftarrow e^{\\delta A} h + \\delta B x, \\qquad y = (C \\cdot h + D x) \\, \\mathrm{silu}(z)
 
     Args:
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus: as in :func:`selective_scan`, without the length for one token:
-            x, dt and z are (b, d) then, B and C (b, n) or (b, g, n). With it, l tokens have the results of l steps, to
-            the last bit.
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, A_is_log: as in :func:`selective_scan`, without the length for one
+            token: x, dt and z are (b, d) then, B and C (b, n) or (b, g, n). With it, l tokens have the results of l
+            steps, to the last bit.
         h: the state, (b, d, n), of any floating dtype. Overwritten with the next state, rounded once a token; the
             arithmetic is in float32 (float64 when h or an input is).
         state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
@@ -135,12 +140,13 @@ def selective_scan_step(
     """
     leading = leading_axes("selective_scan_step", x, "d")
     B, C = _check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
-    check_flags("selective_scan_step", dt_softplus=dt_softplus)
+    check_flags("selective_scan_step", dt_softplus=dt_softplus, A_is_log=A_is_log)
     check_state("selective_scan_step", h, "d, n", x.shape[0], A.shape, state_indices)
     read = (x, dt, A, B, C, D, z, dt_bias)
     dtype = state_dtype(*read, h)
     if fused("selective_scan_step", dtype, h, *read):
-        return autograd.selective_scan_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus))
+        return autograd.selective_scan_step(*read, h, state_indices, bool(dt_softplus), bool(A_is_log))
+    read = (x, dt, decay_rates(A, A_is_log, dtype), B, C, D, z, dt_bias)
     if compiled("selective_scan_step", dtype, h, *read):
         from ssmscan.ops.selective_scan.cpu_step import selective_scan_step as step
 

@@ -38,6 +38,6 @@ def _outputs(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
 ssd = Operator("ssd", Inputs, Options, _outputs, constants=1)
 ssd_step = define_step(
     "ssd_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor(a!) h, Tensor? state_indices, bool softplus, float low, float high) -> Tensor",
+    "Tensor(a!) h, Tensor? state_indices, bool softplus, float low, float high, bool A_is_log) -> Tensor",
     __package__,
 )

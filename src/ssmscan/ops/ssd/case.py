@@ -47,6 +47,14 @@ ELEMENTWISE = Option("D (h, p)", ("x", "dt", "A", "B", "C", "D"), inputs=_positi
 LAYER = Option("D, dt_bias", ("x", "dt", "A", "B", "C", "D", "dt_bias"), {"dt_softplus": True})
 
 
+def _logarithms(size, generator):
+    return {"A": torch.randn(size["h"], generator=generator, dtype=torch.float64)}
+
+
+# Nor this one: the operation is that of -exp(A). The kernel of the step has it in itself.
+LOGARITHM = Option("log A", LAYER.tensors, {**LAYER.keywords, "A_is_log": True}, inputs=_logarithms)
+
+
 def _steps(*values):
     """Inputs whose step sizes, before softplus, are some of these."""
 

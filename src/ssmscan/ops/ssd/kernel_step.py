@@ -26,7 +26,8 @@ def ssd_tokens(
     B_batch, B_time, B_group, B_state, C_batch, C_time, C_group, C_state, dt_batch, dt_time, dt_head,
     D_head, D_channel, h_row, h_head, h_channel, h_state,
     # constants
-    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, A_IS_LOG: tl.constexpr,
+    N: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """y for L tokens and BP channels of one head of one batch row; the state is advanced in place."""
     blocks = tl.cdiv(p, BP)
@@ -43,6 +44,8 @@ def ssd_tokens(
     pointers = h + row * h_row + head * h_head + (channels[:, None] * h_channel + states[None, :] * h_state)
     state = tl.load(pointers, mask=mask & taken, other=0.0)
     rate = tl.load(A + head).to(tl.float32)
+    if A_IS_LOG:
+        rate = -exp(rate)
     if dt_bias is not None:
         bias = tl.load(dt_bias + head).to(tl.float32)
     if D is not None:
@@ -92,6 +95,7 @@ def step(
     softplus: bool,
     low: float,
     high: float,
+    A_is_log: bool,
 ) -> Tensor:
     batch, *_, heads, p = x.shape
     groups, n = B.shape[-2:]
@@ -107,6 +111,6 @@ def step(
         h,
         state_indices,
         (heads, p, n, heads // groups, *token_strides(4, x, z, B, C), *token_strides(3, dt), *D_strides) + h.stride(),
-        (softplus, low, high, N, BP),
+        (softplus, low, high, A_is_log, N, BP),
         WARPS,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssmscan.ops.decoding import check_state, compiled, fused, leading_axes
 from ssmscan.ops.packing import enter
+from ssmscan.ops.recurrence import decay_rates
 from ssmscan.ops.ssd import autograd, plain, reference
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
@@ -30,6 +31,7 @@ def ssd(
     dt_bias: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, inf),
+    A_is_log: bool = False,
     h0: Float[Tensor, "b h p n"] | None = None,
     reverse: bool = False,
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
@@ -54,6 +56,7 @@ def ssd(
         dt_bias: added to dt, (h); None is 0.
         dt_softplus: whether dt goes through softplus.
         dt_limit: least and largest step size.
+        A_is_log: whether A is given by its logarithm log(-A), as models keep it: -exp(A) stands in its place then.
         h0: initial state, (b, h, p, n), or (s, h, p, n) with ``cu_seqlens``; None is zero.
         reverse: run from the right end to the left. ``h0`` then enters at the right end, and the returned state is
             the one at the left end.
@@ -83,11 +86,12 @@ def ssd(
         ([3.0, 4.5, 5.25], [1.75, 1.75])
     """
     check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
-    check_flags("ssd", dt_softplus=dt_softplus, reverse=reverse)
+    check_flags("ssd", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     state = (*x.shape[2:], B.shape[3])
     implementation, sequence, h0 = enter("ssd", backend, x, dtype, cu_seqlens, h0, "h, p, n", state, "x and B")
     low, high = map(float, dt_limit)
+    A = decay_rates(A, A_is_log, dtype)
     inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, low, high, reverse)
     if implementation == "reference":
         return reference.ssd(*inputs, *options)
@@ -110,6 +114,7 @@ def ssd_step(
     dt_bias: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, inf),
+    A_is_log: bool = False,
     h: Float[Tensor, "rows h p n"],
     state_indices: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b h p"] | Float[Tensor, "b l h p"]:
@@ -120,9 +125,9 @@ def ssd_step(
         y = (h C + D \\odot x) \\odot \\mathrm{silu}(z)
 
     Args:
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit: as in :func:`ssd`, without the length for one token: x
-            and z are (b, h, p) then, dt (b, h), B and C (b, g, n). With it, l tokens have the results of l steps, to
-            the last bit.
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log: as in :func:`ssd`, without the length for one
+            token: x and z are (b, h, p) then, dt (b, h), B and C (b, g, n). With it, l tokens have the results of l
+            steps, to the last bit.
         h: the state, (b, h, p, n), of any floating dtype. Overwritten with the next state, rounded once a token; the
             arithmetic is in float32 (float64 when h or an input is).
         state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
@@ -145,13 +150,14 @@ def ssd_step(
     """
     leading = leading_axes("ssd_step", x, "h, p")
     check("ssd_step", leading, x, dt, A, B, C, D, z, dt_bias, dt_limit, h)
-    check_flags("ssd_step", dt_softplus=dt_softplus)
+    check_flags("ssd_step", dt_softplus=dt_softplus, A_is_log=A_is_log)
     check_state("ssd_step", h, "h, p, n", x.shape[0], (*x.shape[-2:], B.shape[-1]), state_indices)
     low, high = map(float, dt_limit)
     read = (x, dt, A, B, C, D, z, dt_bias)
     dtype = state_dtype(*read, h)
     if fused("ssd_step", dtype, h, *read):
-        return autograd.ssd_step(x, dt, A, B, C, D, z, dt_bias, h, state_indices, bool(dt_softplus), low, high)
+        return autograd.ssd_step(*read, h, state_indices, bool(dt_softplus), low, high, bool(A_is_log))
+    read = (x, dt, decay_rates(A, A_is_log, dtype), B, C, D, z, dt_bias)
     if compiled("ssd_step", dtype, h, *read):
         from ssmscan.ops.ssd.cpu_step import ssd_step as step
 
@@ -186,7 +192,7 @@ def check(
     check_shape(function, "C", C, token + "g, n", B.shape, "B")
     check_shape(function, "z", z, token + "h, p", x.shape, "x")
     check_shape(function, "dt_bias", dt_bias, "h", (heads,), "x")
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, p)):
+    if D is not None and D.shape != (heads,) and D.shape != (heads, p):
         rule = f"D must have shape (h) = ({heads},) or (h, p) = ({heads}, {p}) to match x"
         raise ValueError(error(function, rule, tuple(D.shape)))
     if groups == 0 or heads % groups != 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssmscan.ops.packing import enter
+from ssmscan.ops.recurrence import decay_rates
 from ssmscan.ops.ssd.bidirectional import autograd, plain, reference
 from ssmscan.ops.ssd.bidirectional.autograd import Inputs, Options
 from ssmscan.ops.ssd.op import check
@@ -34,6 +35,7 @@ def ssd_bidirectional(
     dt_bias: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, inf),
+    A_is_log: bool = False,
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "b l h p"]:
@@ -65,6 +67,7 @@ def ssd_bidirectional(
         dt_bias: added to dt and dt_rev, (h); None is 0.
         dt_softplus: whether step sizes go through softplus.
         dt_limit: least and largest step size, of both scans.
+        A_is_log: whether A is given by its logarithm log(-A), as models keep it: -exp(A) stands in its place then.
         cu_seqlens: int32 or int64 (s+1,), 0 = c_0 <= ... <= c_s = l: the bounds of s sequences packed along the
             length of a batch of 1. Empty sequences are legal. On a GPU bad values cannot be refused without stalling
             it; they turn the output into NaN.
@@ -94,7 +97,7 @@ def ssd_bidirectional(
     name = "ssd_bidirectional"
     check(name, "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, None)
     check_tensors(name, {"x": x}, dt_rev=dt_rev, B_rev=B_rev, C_rev=C_rev)
-    check_flags(name, shift=shift, dt_softplus=dt_softplus)
+    check_flags(name, shift=shift, dt_softplus=dt_softplus, A_is_log=A_is_log)
     check_shape(name, "dt_rev", dt_rev, "b, l, h", dt.shape, "dt")
     check_shape(name, "B_rev", B_rev, "b, l, g, n", B.shape, "B")
     check_shape(name, "C_rev", C_rev, "b, l, g, n", C.shape, "C")
@@ -102,6 +105,7 @@ def ssd_bidirectional(
     state = (*x.shape[2:], B.shape[3])
     implementation, sequence, h0 = enter(name, backend, x, dtype, cu_seqlens, None, "h, p, n", state, "x and B")
     low, high = map(float, dt_limit)
+    A = decay_rates(A, A_is_log, dtype)
     inputs = Inputs(x, dt, A, B, C, D, z, dt_rev, B_rev, C_rev, dt_bias, h0, sequence)
     options = Options(dt_softplus, low, high, shift)
     if implementation == "reference":
