@@ -29,8 +29,7 @@ class RMSNorm(WideParameters):
         device, dtype: of what the norm returns; None is PyTorch's default. The weight is float32 or wider always.
 
     The forward takes x, (..., m), and returns y in its shape and in the dtype that the module was made in or converted
-    to, which is that of the layers after it where the residual stream is wider. It computes in float32 or wider. On a
-    GPU in eager mode it is the one kernel of :func:`ssmscan.gated_rms_norm`, which has no second derivative.
+    to, which is that of the layers after it where the residual stream is wider. It computes in float32 or wider.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 
@@ -74,11 +73,11 @@ class RMSNorm(WideParameters):
         return y.to(self.dtype)
 
     def _fused(self, x: Tensor) -> bool:
-        """Whether our kernel, which rounds to another dtype by itself, takes x.
+        """Whether our kernel, which rounds to another dtype by itself, takes x: in inference, where launches count.
 
         A compiler fuses PyTorch's norm with what stands around it; other observers and transforms know that one.
         """
-        if observed((x, self.weight)) or transformed() or self.eps <= 0:
+        if torch.is_grad_enabled() or observed((x, self.weight)) or transformed() or self.eps <= 0:
             return False
         return choose("RMSNorm", "auto", x.device.type, state_dtype(x, self.weight)) == "triton"
 
