@@ -26,7 +26,8 @@ def advance(
     Args:
         operation: a sequence operation of :mod:`ssmscan.ops`.
         step: its decode step, which one token without a derivative takes.
-        h: the state before the first token, overwritten without a gradient; None is zeros, and nothing is kept.
+        h: the state before the first token, overwritten without a gradient unless it was computed with one; None is
+            zeros, and nothing is kept.
         cu_seqlens: bounds of packed sequences, or None.
         tokens: the operation's arguments with a time axis, (b, l, ...), by name; "x" is among them.
         fixed: its other arguments.
@@ -45,10 +46,10 @@ def advance(
     return y
 
 
-@torch.no_grad()
 def overwrite(h: Tensor, after: Tensor) -> None:
-    """Leave the state ``after`` in ``h``, without its gradient."""
-    h.copy_(after)
+    """Leave the state ``after`` in ``h``: without its gradient, but where ``h`` was computed with one."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and h.requires_grad and not h.is_leaf):
+        h.copy_(after)
 
 
 def write(memory: Tensor, index: tuple[Tensor, ...], values: Tensor) -> Tensor:

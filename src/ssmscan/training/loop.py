@@ -11,8 +11,10 @@ import torch
 from ssmscan.ahead import Late
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
+from ssmscan.tasks import Text
 from ssmscan.training import checkpoint
 from ssmscan.training.batches import batches
+from ssmscan.training.chunks import check_carries
 from ssmscan.training.clock import Clock
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
@@ -141,6 +143,8 @@ def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
     try:
         config = replace(config, task=task.pinned())
         model = SSMForCausalLM(config.model.build(task.vocab_size))
+        if config.chunk is not None:
+            check_carries(model, packed=isinstance(task, Text) and task.packing == "documents")
     except (TypeError, ValueError, NotImplementedError) as reason:
         raise UsageError(str(reason)) from None
     if task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):

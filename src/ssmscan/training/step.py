@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssmscan.ahead import Recorded
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import IGNORE, Batch
+from ssmscan.training.chunks import chunked_backward
 from ssmscan.training.config import TrainConfig
 
 
@@ -80,12 +81,9 @@ class Step:
     def _update(self, answers: Tensor, *parts: dict[str, Any]) -> Tensor:
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        for inputs in parts:
-            with autocast(self.config.precision, self.device):
-                part = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
-            self.scaler.scale(part).backward()
-            loss += part.detach()
         scale = self.scaler.scale(self.one)
+        for inputs in parts:
+            loss += self._backward(inputs, answers, scale)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
         infinite = ~norm.isfinite()
@@ -95,6 +93,17 @@ class Step:
         self.optimizer.step()
         self.scaler.update()
         return torch.stack([loss, norm, self.halted.float()])
+
+    def _backward(self, inputs: dict[str, Any], answers: Tensor, scale: Tensor) -> Tensor:
+        """Add the gradients of a part of the batch, times ``scale``; its part of the loss."""
+        config = self.config
+        with autocast(config.precision, self.device):
+            if config.chunk is not None:
+                more: dict[str, Any] = {"truncate": config.truncate, "num_items_in_batch": answers, "scale": scale}
+                return chunked_backward(self.model, chunk=config.chunk, **inputs, **more)
+            loss = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
+        (loss * scale).backward()
+        return loss.detach()
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:
