@@ -72,7 +72,7 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     first = rank == order[0]
     unscaled = op is rg_lru and not given.get("scale_first", True) and h0 is None
     if given.get("cu_seqlens") is not None or unscaled:
-        lengths = _lengths(x.shape[1], x.device, group)
+        lengths = lengths_of(x.shape[1], x.device, group)
         # Behind ranks without tokens a sequence begins at this one.
         first = first or (unscaled and not any(lengths[before] for before in order[: order.index(rank)]))
         if not unscaled:
@@ -168,7 +168,7 @@ def _window(given: dict[str, Any], last: Tensor, group: dist.ProcessGroup, rever
     return handover(compose, group, reverse, new, last)
 
 
-def _lengths(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """How many tokens each rank has."""
     own = torch.tensor([length], device=device)
     received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

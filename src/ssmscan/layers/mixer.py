@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmscan.layers.context import Context
 from ssmscan.layers.parameters import WideParameters
 from ssmscan.layers.state import recomputing
 from ssmscan.shapes import check_rank, check_tensors, error
@@ -28,10 +29,11 @@ class Mixer(WideParameters):
     - mask: (b, l), bool or 0 and 1: False marks padding before a sequence. The outputs of the others, and the state,
       are those of the sequence without it; what stands at a padded place has no meaning.
 
-    Subclasses give :meth:`state_layout`, and call :meth:`enter` first.
+    Subclasses give :meth:`state_layout`, call :meth:`enter` first, and reach other tokens through ``context`` alone.
     """
 
     d_model: int
+    context = Context()
 
     def state_layout(self) -> Any:
         """The layer's NamedTuple of states, with a :class:`Kept` in place of each tensor."""

@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ssmscan.layers.context import Context
+
 State = TypeVar("State")
 
 
 def advance(
+    context: Context,
     operation: Callable[..., tuple[Tensor, Tensor]],
     step: Callable[..., Tensor],
     h: Tensor | None,
@@ -24,6 +27,7 @@ def advance(
     """Run an operation over ``tokens`` and leave the state after the last of them in ``h``.
 
     Args:
+        context: that of the layer.
         operation: a sequence operation of :mod:`ssmscan.ops`.
         step: its decode step, which one token without a derivative takes.
         h: the state before the first token, overwritten without a gradient unless it was computed with one; None is
@@ -36,12 +40,12 @@ def advance(
         y, (b, l, ...).
     """
     if h is None:
-        return operation(**tokens, **fixed, cu_seqlens=cu_seqlens)[0]
+        return context.run(operation, **tokens, **fixed, cu_seqlens=cu_seqlens)[0]
     grad = torch.is_grad_enabled()
-    if tokens["x"].shape[1] == 1 and cu_seqlens is None and not grad:
+    if tokens["x"].shape[1] == 1 and cu_seqlens is None and not grad and not context.split:
         return step(**tokens, **fixed, h=h)
     # The derivative needs the state that was read.
-    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
+    y, after = context.run(operation, **tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
     overwrite(h, after)
     return y
 

@@ -1,0 +1,75 @@
+"""parallelize: a model on a mesh of processes."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ssmscan.distributed.loss import SeveralHolders
+from ssmscan.distributed.sequence import SplitContext
+from ssmscan.distributed.sharding import shard
+from ssmscan.layers.context import Context
+from ssmscan.shapes import error
+
+DIMENSIONS = ("dp", "cp")
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Arrange a model on a mesh of processes, in place: each keeps a part of it, and computes a part of each batch.
+
+    - "dp": every rank has sequences of its own.
+    - "cp": the ranks have stretches of the same sequences, in their order. See :func:`context_parallel`; attention
+      gathers the keys and values of all.
+
+    The parameters are sharded over the ranks of both, block by block (FSDP2). Their gradients are those of the sum of
+    what all ranks called ``backward`` on. The loss of an :class:`ssmscan.models.SSMForCausalLM` is that of the whole
+    batch, the same on every rank, and its gradient on each the rank's share: the sum is the gradient of that loss.
+
+    Args:
+        model: an ``SSMForCausalLM`` or ``SSMModel``, or any module of mixers and blocks of :mod:`ssmscan.layers`. On
+            every rank the same, on the device of the mesh. Load a checkpoint before, make the optimizer after.
+        mesh: its dimensions are named, each one of "dp" and "cp".
+
+    Returns:
+        the model itself, whose parameters now are DTensors.
+
+    Where the sequence is split a forward takes this rank's stretch of everything with a time axis, and ``cu_seqlens``
+    of the whole sequence. Give ``shift_labels`` in place of ``labels``, for the last token's next one is another
+    rank's. A cache, or a layer's state, ends as the state after the whole sequence on every rank.
+
+    Raises:
+        ValueError: a mesh without names, or with others.
+
+    Zhao et al., "PyTorch FSDP" (2023), for the sharding.
+
+    Example, of one process; under torchrun the group is there already:
+        >>> import tempfile, torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from ssmscan.distributed import parallelize
+        >>> from ssmscan.layers import GatedSSM
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        ...     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+        ...     y = parallelize(GatedSSM(4), mesh)(torch.randn(2, 5, 4))
+        ...     dist.destroy_process_group()
+        >>> y.shape
+        torch.Size([2, 5, 4])
+    """
+    names = mesh.mesh_dim_names or ()
+    if not names or not set(names) <= set(DIMENSIONS):
+        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}"
+        raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
+    if "cp" in names:
+        split = SplitContext(mesh.get_group("cp"))
+        for module in model.modules():
+            if isinstance(getattr(module, "context", None), Context):
+                module.context = split  # type: ignore[assignment]
+    holders = _flat(mesh, [name for name in ("dp", "cp") if name in names])
+    shard(model, holders)
+    if hasattr(model, "holders"):
+        model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
+    return model
+
+
+def _flat(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
+    """The ranks of several dimensions as one."""
+    return mesh[names[0]] if len(names) == 1 else mesh[tuple(names)]._flatten()
