@@ -27,12 +27,14 @@ PEAK = {
 class Clock:
     """The seconds of a run, those before it was continued included, and its throughput while it trains."""
 
-    def __init__(self, config: TrainConfig, model: SSMForCausalLM, device: torch.device, seconds: float) -> None:
+    def __init__(
+        self, config: TrainConfig, model: SSMForCausalLM, device: torch.device, seconds: float, processes: int = 1
+    ) -> None:
         self.device = device
         self.flops = flops_per_token(model, config.task.example_length)
         self.minutes = config.save_minutes
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for part, peak in PEAK.items() if part in name), None)
+        self.peak = next((peak * processes for part, peak in PEAK.items() if part in name), None)
         self.began = time.perf_counter() - seconds
         self.saved()
         self._restart()

@@ -89,6 +89,39 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the processes that torchrun starts share a run, dp · cp · tp of them.
+
+    Args:
+        dp: each has sequences of its own, and a share of the weights; null is all processes that the others leave.
+        cp: each has a stretch of the same sequences.
+        tp: each has a part of every layer.
+        timeout: a process that does not answer for so long is given up, and the run ends (seconds).
+    """
+
+    dp: int | None = None
+    cp: int = 1
+    tp: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "cp", "tp"):
+            if getattr(self, name) is not None:
+                check_integer("mesh", name, getattr(self, name), 1)
+        _require(0 < self.timeout < math.inf, "mesh", "timeout must be positive and finite", self.timeout)
+
+    def sizes(self, processes: int) -> dict[str, int]:
+        """The ranks along each dimension for so many processes; ValueError where they do not fit."""
+        others = self.cp * self.tp
+        dp = max(processes // others, 1) if self.dp is None else self.dp
+        rule = f"dp · cp · tp must be the {processes} processes that were started"
+        advice = f"Start {dp * others} by torchrun --nproc-per-node {dp * others} -m ssmscan train …"
+        if dp * others != processes:
+            raise ValueError(error("mesh", rule, f"{dp} · {self.cp} · {self.tp}", advice))
+        return {"dp": dp, "cp": self.cp, "tp": self.tp}
+
+
+@dataclass(frozen=True)
 class Target:
     """What a run is to reach, as in "accuracy >= 0.99" or "loss <= 1.5".
 
@@ -134,9 +167,9 @@ class TrainConfig:
         out: folder for everything that the run leaves.
         overwrite: replace a run that is already in that folder.
         steps: length of the run (steps).
-        batch_size: of a step, which makes one update (examples).
-        micro_batch_size: how many of them go through the model at once, their gradients added up; null is all
-            (examples).
+        batch_size: of a step, which makes one update, over all processes (examples).
+        micro_batch_size: how many of them go through the model at once in a process, their gradients added up; null is
+            all (examples).
         chunk: tokens of a sequence that go through the model at once, its states carried from chunk to chunk and the
             gradients carried back, exactly: memory no longer grows with the length; null is all (tokens).
         truncate: let no gradient pass from one chunk to the one before, which is a quarter faster.
@@ -156,6 +189,7 @@ class TrainConfig:
         compile: compile each block by torch.compile; the first steps take a minute longer.
         cuda_graph: record a whole step on the device once and replay it, which frees a small step from the host.
         gradient_checkpointing: compute each block again in the backward, which saves most of the memory of activations.
+        mesh: how several processes share the run.
         wandb: project of Weights & Biases that gets what TensorBoard gets; null is none.
         task: what is learned.
         model: its shape.
@@ -182,6 +216,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graph: bool = False
     gradient_checkpointing: bool = False
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     wandb: str | None = None
     task: Task = field(default_factory=SelectiveCopying)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -209,7 +244,7 @@ class TrainConfig:
 
     @property
     def at_once(self) -> int:
-        """Examples that go through the model at once."""
+        """Examples that go through the model at once in a process, or as many as it has."""
         return self.micro_batch_size or self.batch_size
 
 

@@ -2,9 +2,12 @@
 
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +24,8 @@ from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.evaluation import evaluate, means, scored
 from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
-from ssmscan.training.report import Report, plot
+from ssmscan.training.ranks import Ranks, joined
+from ssmscan.training.report import Log, Report, plot
 from ssmscan.training.step import Step, autocast
 
 
@@ -39,11 +43,15 @@ class Metrics:
     target: str | None
     parameters: int
     device: str
+    processes: int
     versions: dict[str, str]
 
 
 def train(config: TrainConfig, resume: bool = False) -> Metrics:
     """Run ``config``, or continue the run in its folder.
+
+    Under torchrun all processes call it, on a folder that they share; the first one tells of the run, and writes what
+    is not written by all.
 
     Args:
         config: the run.
@@ -56,7 +64,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 
     Raises:
         UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
-        RunError: the loss or its gradient is not finite (the update is not made), or the target was not reached.
+        RunError: the loss or its gradient is not finite (the update is not made), the target was not reached, or
+            another process is gone.
         OSError: a file could not be written. It is named, and the run can be continued.
 
     Example:
@@ -64,22 +73,30 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         >>> config = TrainConfig(out="runs/first", steps=200)
         >>> metrics = train(config)  # doctest: +SKIP
     """
-    device = _device(config)
+    with joined(config) as ranks:
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
+    device = ranks.device
     config, model = _prepare(config)
     task, target = config.task, None if config.target is None else Target.parse(config.target)
-    model.to(device).train()
-    update = Step(model, make_optimizer(model, config.optim), config, device)
-    with claimed(config, resume) as folder:
+    parameters = model.num_parameters()
+    model = ranks.arrange(model.to(device).train())
+    update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
+    with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
+        # Until it is.
+        ranks.meet()
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
-        with Report(folder, config, step) as report:
-            clock = Clock(config, model, device, seconds)
+        with Report(folder, config, step) if ranks.first else Log(folder, step) as report:
+            clock = Clock(config, model, device, seconds, ranks.count)
             last, late = report.newest("eval"), Late()
             for batch in batches(config, step):
                 late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))
                 step += 1
                 clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
-                saves = step % config.save_every == 0 or clock.save_is_due()
+                saves = step % config.save_every == 0 or _save_is_due(clock, config, ranks)
                 for read, numbers in late.take(everything=evaluates or saves):
                     loss, norm, halted = numbers.tolist()
                     if halted:
@@ -93,7 +110,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                         report.training(read, loss=loss, lr=rate, grad_norm=norm, **clock.read())
                 if evaluates:
                     with clock.paused():
-                        last = report.evaluation(step, evaluate(model, config), clock.seconds())
+                        last = report.evaluation(step, evaluate(model, config, ranks), clock.seconds())
                     if target is not None and target.reached(last):
                         break
                 # After the evaluation, whose line the checkpoint then stands for.
@@ -103,32 +120,50 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                         clock.saved()
 
             if last is None or last["step"] != step:
-                last = report.evaluation(step, evaluate(model, config), clock.seconds())
-            with autocast(config.precision, device):
-                examined = task.examine(model, config.seed)
+                last = report.evaluation(step, evaluate(model, config, ranks), clock.seconds())
+            whole = ranks.whole(model)
+            examined = {}
+            if whole is not None:
+                with autocast(config.precision, device):
+                    examined = task.examine(whole, config.seed)
             metrics = Metrics(
                 evaluation={name: value for name, value in last.items() if name not in ("split", "step", "seconds")},
                 examination=means(examined),
                 steps=step,
                 seconds=clock.seconds(),
                 target=config.target,
-                parameters=model.num_parameters(),
+                parameters=parameters,
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                processes=ranks.count,
                 versions={"python": platform.python_version()}
                 | {package: version(package) for package in ("ssmscan", "torch", "numpy", "transformers")},
             )
-            checkpoint.save_model(folder, model, task)
-            measure = task.measures[-1] if target is None else target.measure
-            plot(folder / "curves.png", task.title, report.lines, measure, target)
-            # The last file, for it marks the run as finished.
-            replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
-            print(f"\n{_example(model, config)}\n", flush=True)
+            if whole is not None:
+                _leave(folder, whole, config, metrics, report.lines)
     if target is not None and not target.reached(metrics.evaluation):
         raise RunError(
             f"train: {target.measure} must reach {target.bound:g}, got {metrics.evaluation[target.measure]:.4f} after "
             f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
+
+
+def _save_is_due(clock: Clock, config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether it is time for a checkpoint, by the clock of the first process."""
+    return config.save_minutes is not None and bool(ranks.told(clock.save_is_due()))
+
+
+def _leave(
+    folder: Path, model: SSMForCausalLM, config: TrainConfig, metrics: Metrics, lines: list[dict[str, Any]]
+) -> None:
+    """Write what a finished run leaves, and show an example."""
+    checkpoint.save_model(folder, model, config.task)
+    target = None if config.target is None else Target.parse(config.target)
+    measure = config.task.measures[-1] if target is None else target.measure
+    plot(folder / "curves.png", config.task.title, lines, measure, target)
+    # The last file, for it marks the run as finished.
+    replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
+    print(f"\n{_example(model, config)}\n", flush=True)
 
 
 def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
@@ -150,16 +185,6 @@ def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
     if task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
         raise UsageError(error("train", f"mixers must be causal for the task {task.name}", config.model.mixers))
     return config, model
-
-
-def _device(config: TrainConfig) -> torch.device:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UsageError(error("train", "device must be one of this machine", "cuda", "Use --device cpu."))
-    device = torch.device("cuda" if config.device != "cpu" and available else "cpu")
-    if config.cuda_graph and device.type != "cuda":
-        raise UsageError(error("train", "cuda_graph must be false without CUDA", "true"))
-    return device
 
 
 @torch.no_grad()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmscan.ahead import Recorded
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import IGNORE, Batch
 from ssmscan.training.chunks import chunked_backward
 from ssmscan.training.config import TrainConfig
+from ssmscan.training.ranks import Ranks
 
 
 class Step:
@@ -25,19 +26,26 @@ class Step:
         model, optimizer: what is trained, and :func:`ssmscan.training.optim.make_optimizer` of it.
         config: batch, precision, compilation and the rest.
         device: that of the model.
+        ranks: the processes that share the step; None is this one.
     """
 
     def __init__(
-        self, model: SSMForCausalLM, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+        self,
+        model: SSMForCausalLM,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.ranks = ranks or Ranks(device)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=product_dtype(config.precision, device) == torch.float16
         )
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # A tensor, so that a recorded step can be told another rate.
         self.rate = torch.zeros((), device=device)
-        self._set_rate()
+        self.set_rate()
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
         self.one = torch.ones((), device=device)
         if config.gradient_checkpointing:
@@ -51,7 +59,8 @@ class Step:
                 block.compile()
         self._run = Recorded(self._update, device) if config.cuda_graph else self._update
 
-    def _set_rate(self) -> None:
+    def set_rate(self) -> None:
+        """Have the optimizer read the rate of a step, whatever it has restored."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -62,10 +71,10 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self._set_rate()
+        self.set_rate()
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Queue the update for ``batch`` at the learning rate ``rate``.
+        """Queue the update for ``batch``, that of all processes, at the learning rate ``rate``.
 
         Returns the loss, the norm of the gradient before it was clipped, and 1 where the run is halted: (3,), float32,
         on the device.
@@ -74,8 +83,9 @@ class Step:
         # One at least: documents of a token each may ask for nothing.
         asked = int((batch.targets != IGNORE).sum())
         answers = torch.full((), float(max(asked, 1)), device=self.device)
+        own = self.ranks.rows(batch, self.ranks.share(batch.tokens.shape[0]))
         size = self.config.at_once
-        parts = [batch.rows(i, size).inputs(self.device) for i in range(0, batch.tokens.shape[0], size)]
+        parts = [self.ranks.stretch(own.rows(i, size).inputs(self.device)) for i in range(0, own.tokens.shape[0], size)]
         return self._run(answers, *parts)
 
     def _update(self, answers: Tensor, *parts: dict[str, Any]) -> Tensor:
@@ -85,7 +95,7 @@ class Step:
         for inputs in parts:
             loss += self._backward(inputs, answers, scale)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
+        norm = self.ranks.clip(self.parameters, self.config.optim.clip)
         infinite = ~norm.isfinite()
         self.halted |= ~loss.isfinite() | (infinite & (scale <= 1))
         # What a GradScaler sets, and fused optimizers read on the device.
