@@ -15,6 +15,17 @@ from ssmscan.layers.context import Context
 State = TypeVar("State")
 
 
+class Held:
+    """A state as a block can be given it where its tensors have a history.
+
+    What wraps a module to shard or cast its arguments looks for tensors in them, and hands on others in their place. It
+    does not look in here.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+
 def advance(
     context: Context,
     operation: Callable[..., tuple[Tensor, Tensor]],

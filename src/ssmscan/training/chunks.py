@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ssmscan.layers.state import Held
 from ssmscan.models import SSMForCausalLM
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.loss import IGNORE
@@ -183,13 +184,13 @@ class _Reader:
         given = iter(state)
         for layer in cache.layers:
             rows = [torch.cat([next(given), new[len(state[0]) :]]) for new in layer.state]
-            layer.state = type(layer.state)(*rows)
+            layer.state = Held(type(layer.state)(*rows))
         return cache
 
 
 def _leave(part: _Chunk, cache: SSMCache) -> list[Tensor]:
     """The state that enters the next chunk."""
-    tensors = [tensor for layer in cache.layers for tensor in layer.state]
+    tensors = [tensor for layer in cache.layers for tensor in layer.state.state]
     if not part.goes_on:
         return [torch.zeros_like(tensor[-1:]) for tensor in tensors]
     return [tensor[-1:] for tensor in tensors] if "cu_seqlens" in part.inputs else tensors
