@@ -1,14 +1,14 @@
 """Several processes as one run: the steps of one process, checkpoints for any number, and the end when one is gone."""
 
+import errno
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from ssmscan import cli
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import SelectiveCopying, Text
-from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, train
+from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, shards, train
+from ssmscan.training.config import to_yaml
 from ssmscan.training.ranks import Ranks, joined
+from ssmscan.training.step import Step
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forkserver")
 
@@ -78,33 +82,46 @@ def _train(name, config, folder):
         train(replace(config, out=str(out)), resume=(out / "config.yaml").exists())
 
 
-def _worker(rank, ranks, folder, runs):
+def _process(rank, ranks, folder, body, arguments):
+    """One of several, which tells a file what it would tell a terminal."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ["SSMSCAN_CACHE"] = f"{folder}/cache"
-    with (Path(folder) / f"{rank} of {ranks}.txt").open("w") as told:
+    warnings.simplefilter("ignore")
+    with (folder / f"{rank} of {ranks}.txt").open("w", buffering=1) as told:
         sys.stdout = sys.stderr = told
-        try:
-            torch.distributed.init_process_group("gloo", f"file://{folder}/group{ranks}", rank=rank, world_size=ranks)
-            for name, (config, mesh) in runs.items():
-                _train(name, replace(config, mesh=mesh), folder)
-            torch.distributed.destroy_process_group()
-        except BaseException:
-            traceback.print_exc(file=told)
-            raise
+        body(folder, *arguments)
 
 
-def _spawn(ranks, folder, runs):
-    """The runs, one after the other, on so many processes."""
+def _start(ranks, folder, body, *arguments):
+    """Runs ``body`` in so many processes; the exit status of each, and what it told."""
     server = multiprocessing.get_context("forkserver")
     # Imported once, and not in each process.
-    server.set_forkserver_preload(["ssmscan.training.loop", "torch.distributed.checkpoint", "matplotlib.figure"])
-    started = [server.Process(target=_worker, args=(rank, ranks, str(folder), runs)) for rank in range(ranks)]
+    server.set_forkserver_preload(["ssmscan.cli", "ssmscan.training.mesh", "ssmscan.training.shards"])
+    started = [
+        server.Process(target=_process, args=(rank, ranks, folder, body, arguments), daemon=True)
+        for rank in range(ranks)
+    ]
     for process in started:
         process.start()
-    for rank, process in enumerate(started):
+    for process in started:
         process.join(300)
-        assert process.exitcode == 0, (folder / f"{rank} of {ranks}.txt").read_text()
+    told = [(folder / f"{rank} of {ranks}.txt").read_text() for rank in range(ranks)]
+    return [process.exitcode for process in started], told
+
+
+def _all(folder, runs):
+    """The runs, one after the other, in one group."""
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo", f"file://{folder}/group{ranks}", rank=rank, world_size=ranks)
+    for name, (config, mesh) in runs.items():
+        _train(name, replace(config, mesh=mesh), folder)
+    torch.distributed.destroy_process_group()
+
+
+def _run_all(ranks, folder):
+    ended, told = _start(ranks, folder, _all, _runs(folder)[ranks])
+    assert ended == [0] * ranks, told
 
 
 def _back(folder, name, other, step):
@@ -128,9 +145,9 @@ def ran(tmp_path_factory):
             with _precision(name):
                 train(replace(config, out=str(folder / f"whole {name}")))
         _back(folder, "whole dp", "one and two", 5)
-        _spawn(2, folder, _runs(folder)[2])
+        _run_all(2, folder)
         _back(folder, "dp", "two and four", 10)
-        _spawn(4, folder, _runs(folder)[4])
+        _run_all(4, folder)
         _back(folder, "two and four", "four and one", 15)
         _train("four and one", COPY, folder)
     return folder
@@ -192,86 +209,83 @@ def test_what_several_processes_leave(ran):
     assert all(weights[name].shape == tensor.shape for name, tensor in load_file(ran / "dp/model.safetensors").items())
 
 
-def _start(ranks, folder, *, steps, code=""):
-    """So many processes as torchrun starts them, without its watch over them."""
+SMALL = replace(
+    COPY, steps=6, batch_size=2, save_every=2, eval_tokens=5, model=ModelConfig("gated_ssm", None, 8),
+    mesh=MeshConfig(timeout=20.0),
+)  # fmt: skip
+
+
+def _command(folder, port, spoil):
+    """``ssmscan train`` as torchrun starts it, without torchrun's watch over the processes."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if os.environ["RANK"] == "1":
+        spoil()
+    (folder / "run.yaml").write_text(to_yaml(replace(SMALL, out=str(folder / "run"))))
+    sys.exit(cli.main(["train", "--config", str(folder / "run.yaml")]))
+
+
+def _die_at_the_fourth_step():
+    steps, call = [], Step.__call__
+
+    def killed(*arguments):
+        steps.append(None)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*arguments)
+
+    Step.__call__ = killed
+
+
+def _spoil_the_third_loss():
+    calls, forward = [], SSMForCausalLM.forward
+
+    def spoiled(*arguments, **named):
+        calls.append(None)
+        if len(calls) == 3:
+            named["num_items_in_batch"] = torch.tensor(0.0)
+        return forward(*arguments, **named)
+
+    SSMForCausalLM.forward = spoiled
+
+
+def _free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    program = f"{code}\nimport sys\nfrom ssmscan import cli\nsys.exit(cli.main())"
-    recipe = [
-        "train", "--out", str(folder), "--device", "cpu", "--steps", str(steps), "--save_every", "2",
-        "--log_every", "1", "--batch_size", "2", "--eval_tokens", "5", "--task.length", "5", "--task.symbols", "3",
-        "--task.data_tokens", "2", "--model.mixers", "gated_ssm", "--model.hidden_size", "8", "--mesh.timeout", "20",
-    ]  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, *recipe],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-KILLED = """
-import os, signal
-from ssmscan.training.step import Step
-call, calls = Step.__call__, []
-
-def killed(*arguments):
-    calls.append(None)
-    if os.environ["RANK"] == "1" and len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return call(*arguments)
-
-Step.__call__ = killed
-"""
+        return free.getsockname()[1]
 
 
 def test_a_process_that_dies_ends_the_run(tmp_path):
     """In a line that says so, and how to go on; and one process goes on."""
     out = tmp_path / "run"
-    first, second = _start(2, out, steps=6, code=KILLED)
-    _, told = first.communicate(timeout=120)
-    second.communicate()
-    assert second.returncode == -signal.SIGKILL
-    assert first.returncode == 1, told
-    (line,) = (line for line in told.splitlines() if line.startswith("train:"))
+    ended, told = _start(2, tmp_path, _command, _free_port(), _die_at_the_fourth_step)
+    assert ended == [1, -signal.SIGKILL], told
+    (line,) = (line for line in told[0].splitlines() if line.startswith("train:"))
     assert line.startswith("train: all processes must go on, got one that is gone (")
     assert line.endswith(f"Continue with torchrun … -m ssmscan train --resume {out}.")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
-    config = replace(
-        COPY, steps=6, batch_size=2, save_every=2, eval_tokens=5, out=str(out), model=ModelConfig("gated_ssm", None, 8)
-    )
-    assert train(config, resume=True).steps == 6
-
-
-NOT_FINITE = """
-import os, torch
-from ssmscan.models import SSMForCausalLM
-forward, calls = SSMForCausalLM.forward, []
-
-def spoiled(self, *arguments, **named):
-    calls.append(None)
-    if os.environ["RANK"] == "1" and len(calls) == 3:
-        named["num_items_in_batch"] = torch.tensor(0.0)
-    return forward(self, *arguments, **named)
-
-SSMForCausalLM.forward = spoiled
-"""
+    assert train(replace(SMALL, out=str(out)), resume=True).steps == 6
 
 
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):
     """Before the update, and in every process, though one alone has it."""
-    started = _start(2, tmp_path / "run", steps=6, code=NOT_FINITE)
-    for process in started:
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 1, told
-        assert "train: loss must be finite, got " in told
-        assert "at step 3. The update was not made" in told
+    ended, told = _start(2, tmp_path, _command, _free_port(), _spoil_the_third_loss)
+    assert ended == [1, 1], told
+    for text in told:
+        assert "train: loss must be finite, got " in text
+        assert "at step 3. The update was not made" in text
+
+
+def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def save(*_, **__):
+        raise CheckpointException("save", {1: (full, None)})
+
+    monkeypatch.setattr(shards.dcp, "save", save)
+    monkeypatch.setattr(shards, "_state", lambda update: {})
+    with pytest.raises(OSError, match="No space left") as raised:
+        shards.save(tmp_path / "shards", None)
+    assert raised.value.filename == str(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def load_whole(path: Path, optimizer: dict[str, Any], update: Step) -> None:
     # By the names of the parameters in place of their numbers, which count them in the order of the groups.
     names = {parameter: name for name, parameter in update.model.named_parameters()}
     order = [names[parameter] for group in update.optimizer.param_groups for parameter in group["params"]]
-    named = {
+    named: dict[str, Any] = {
         "state": {order[i]: state for i, state in optimizer["state"].items()},
         "param_groups": [
             group | {"params": [order[i] for i in group["params"]]} for group in optimizer["param_groups"]
