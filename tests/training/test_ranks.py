@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,6 +43,8 @@ COPY = TrainConfig(
     model=ModelConfig(mixers=["gated_ssm", "attention"], hidden_size=8, mixer_options={"attention": {"num_heads": 2}}),
     optim=OptimConfig(warmup=5),
 )
+# Attention does not read packed sequences in chunks.
+SCANS = ModelConfig(mixers=["gated_ssm", "mamba"], hidden_size=8, mixer_options={"mamba": {"d_state": 4}})
 TEXT = "to be or not to be, that is the question\n<|endoftext|>\nwhether 'tis nobler\n<|endoftext|>\n" * 20
 
 
@@ -60,7 +63,9 @@ def _runs(folder):
             ),
             "chunk": (replace(COPY, chunk=4), MeshConfig(dp=2)),
             "cp": (COPY, MeshConfig(cp=2)),
-            "packed cp": (replace(COPY, task=_text(folder)), MeshConfig(cp=2)),
+            "packed cp": (replace(COPY, task=_text(folder), model=SCANS), MeshConfig(cp=2)),
+            "chunk cp": (replace(COPY, chunk=4), MeshConfig(cp=2)),
+            "packed chunk cp": (replace(COPY, task=_text(folder), chunk=17, model=SCANS), MeshConfig(cp=2)),
             "float32": (COPY, MeshConfig(dp=2)),
             "one and two": (COPY, MeshConfig()),
         },
@@ -90,7 +95,11 @@ def _process(rank, ranks, folder, body, arguments):
     warnings.simplefilter("ignore")
     with (folder / f"{rank} of {ranks}.txt").open("w", buffering=1) as told:
         sys.stdout = sys.stderr = told
-        body(folder, *arguments)
+        try:
+            body(folder, *arguments)
+        except Exception:
+            traceback.print_exc()
+            raise
 
 
 def _start(ranks, folder, body, *arguments):
@@ -167,6 +176,8 @@ def _log(folder):
         ("chunk", "dp"),
         ("cp", "dp"),
         ("packed cp", "packed cp"),
+        ("chunk cp", "dp"),
+        ("packed chunk cp", "packed cp"),
         ("float32", "float32"),
         ("one and two", "dp"),
         ("two and four", "dp"),
@@ -296,7 +307,6 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
         ({"batch_size": 3}, {"WORLD_SIZE": "2"}, "batch_size must be a multiple of dp = 2, got 3"),
         ({"micro_batch_size": 4}, {"WORLD_SIZE": "2"}, "micro_batch_size must divide batch_size / dp = 2, got 4"),
         ({"precision": "float16"}, {"WORLD_SIZE": "2"}, "precision must not be float16 on several processes"),
-        ({"chunk": 4, "mesh": MeshConfig(cp=2)}, {"WORLD_SIZE": "2"}, "chunk must be null where cp splits"),
     ],
 )
 def test_refusals(changes, environment, message, monkeypatch):

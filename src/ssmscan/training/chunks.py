@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def chunked_backward(
     cu_seqlens: Int[Tensor, " s+1"] | None = None,
     num_items_in_batch: int | Tensor | None = None,
     scale: float | Tensor = 1.0,
+    stretch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
 ) -> Tensor:
     """Add the gradients of a model's loss to its parameters, with the activations of one chunk in memory at a time.
 
@@ -63,6 +64,9 @@ def chunked_backward(
             the next the state of the sequence between them alone is carried.
         num_items_in_batch: by how many tokens to divide the sum of the losses. Default: those that are to be foretold.
         scale: the gradients are multiplied by it. Default 1.
+        stretch: of the model's arguments for a chunk, ``input_ids``, ``shift_labels`` and ``cu_seqlens`` by name, those
+            of this process, where others have the rest of each chunk (:func:`ssmscan.distributed.parallelize`, "cp").
+            Default all.
 
     Returns:
         the loss, a scalar without a gradient.
@@ -93,7 +97,7 @@ def chunked_backward(
         num_items_in_batch = (shift_labels != IGNORE).sum()
     check_carries(model, packed=cu_seqlens is not None)
     parts = list(_chunks(input_ids, shift_labels, chunk, cu_seqlens))
-    reader = _Reader(model, input_ids.shape[1], num_items_in_batch)
+    reader = _Reader(model, input_ids.shape[1], num_items_in_batch, stretch)
     state = [tensor for layer in model.make_cache(input_ids.shape[0], reader.longest).layers for tensor in layer.state]
     # A backward runs without autocast; the reader turns it on again.
     with torch.autocast(input_ids.device.type, enabled=False):
@@ -145,8 +149,14 @@ def _exact(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: flo
 class _Reader:
     """The model as it reads chunks: each from a given state, under the autocast that was on when this was made."""
 
-    def __init__(self, model: SSMForCausalLM, longest: int, items: int | Tensor) -> None:
-        self.model, self.longest, self.items = model, longest, items
+    def __init__(
+        self,
+        model: SSMForCausalLM,
+        longest: int,
+        items: int | Tensor,
+        stretch: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ) -> None:
+        self.model, self.longest, self.items, self.stretch = model, longest, items, stretch
         device = model.device.type
         self.cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.growing = _growing(model)
@@ -159,7 +169,8 @@ class _Reader:
     def loss(self, part: _Chunk, cache: SSMCache) -> Tensor:
         """The chunk's part of the loss."""
         with self._autocast():
-            return self.model(**part.inputs, cache=cache, num_items_in_batch=self.items, return_logits=False).loss
+            inputs: dict[str, Any] = self.stretch(part.inputs)
+            return self.model(**inputs, cache=cache, num_items_in_batch=self.items, return_logits=False).loss
 
     @torch.no_grad()
     def states(self, parts: list[_Chunk], state: list[Tensor]) -> list[list[Tensor]]:
@@ -168,7 +179,7 @@ class _Reader:
         for part in parts[:-1]:
             cache = self.enter(part, entering[-1])
             with self._autocast():
-                self.model(**part.inputs | {"shift_labels": None}, cache=cache, logits_to_keep=1)
+                self.model(**self.stretch(part.inputs) | {"shift_labels": None}, cache=cache, logits_to_keep=1)
             left = _leave(part, cache)
             # What it has of every token so far stands for what it had before: a chunk sees nothing of later tokens.
             entering = [

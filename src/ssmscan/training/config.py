@@ -170,8 +170,9 @@ class TrainConfig:
         batch_size: of a step, which makes one update, over all processes (examples).
         micro_batch_size: how many of them go through the model at once in a process, their gradients added up; null is
             all (examples).
-        chunk: tokens of a sequence that go through the model at once, its states carried from chunk to chunk and the
-            gradients carried back, exactly: memory no longer grows with the length; null is all (tokens).
+        chunk: tokens of a sequence that go through the model at once, over all processes of cp; the states are carried
+            from chunk to chunk and the gradients back, so that memory no longer grows with the length; null is all
+            (tokens).
         truncate: let no gradient pass from one chunk to the one before, which is a quarter faster.
         seed: of the weights and of the data.
         target: stop once an evaluation reaches it, and fail if none does, as in "accuracy >= 0.99"; null runs all

@@ -126,6 +126,3 @@ def _check(config: TrainConfig, sizes: dict[str, int]) -> None:
         raise UsageError(error("train", "precision must not be float16 on several processes", "float16", advice))
     if config.cuda_graph:
         raise UsageError(error("train", "cuda_graph must be false on several processes", "true"))
-    if config.chunk is not None and sizes["cp"] > 1:
-        rule = "chunk must be null where cp splits the sequences"
-        raise UsageError(error("train", rule, config.chunk, "Give cp more processes, or dp them all."))

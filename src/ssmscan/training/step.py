@@ -85,7 +85,7 @@ class Step:
         answers = torch.full((), float(max(asked, 1)), device=self.device)
         own = self.ranks.rows(batch, self.ranks.share(batch.tokens.shape[0]))
         size = self.config.at_once
-        parts = [self.ranks.stretch(own.rows(i, size).inputs(self.device)) for i in range(0, own.tokens.shape[0], size)]
+        parts = [own.rows(i, size).inputs(self.device) for i in range(0, own.tokens.shape[0], size)]
         return self._run(answers, *parts)
 
     def _update(self, answers: Tensor, *parts: dict[str, Any]) -> Tensor:
@@ -109,8 +109,16 @@ class Step:
         config = self.config
         with autocast(config.precision, self.device):
             if config.chunk is not None:
-                more: dict[str, Any] = {"truncate": config.truncate, "num_items_in_batch": answers, "scale": scale}
-                return chunked_backward(self.model, chunk=config.chunk, **inputs, **more)
+                return chunked_backward(
+                    self.model,
+                    chunk=config.chunk,
+                    **inputs,
+                    truncate=config.truncate,
+                    num_items_in_batch=answers,
+                    scale=scale,
+                    stretch=self.ranks.stretch,
+                )
+            inputs = self.ranks.stretch(inputs)
             loss = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
         (loss * scale).backward()
         return loss.detach()
