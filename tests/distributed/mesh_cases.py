@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ssmscan.distributed import parallelize
+from ssmscan.distributed import full_state_dict, parallelize
+from ssmscan.distributed.gathering import gathered
 from ssmscan.layers import RGLRU, S4D, Attention, Block, GatedSSM, Hydra, Mamba, Mamba2, MatrixSSM, RMSNorm, state
 from ssmscan.models import SSMConfig, SSMForCausalLM
 
@@ -19,12 +20,12 @@ LAYERS = {
     "mamba": partial(Mamba, M, d_state=3, bias=True, bcdt_rms_eps=1e-6),
     "mamba2": partial(Mamba2, M, d_state=3, headdim=2, ngroups=1, bias=True),
     "mamba2_groups": partial(Mamba2, M, d_state=3, headdim=4, ngroups=4, norm_before_gate=True),
-    "mamba2_both": partial(Mamba2, M, d_state=3, headdim=4, ngroups=2, causal=False),
+    "mamba2_both": partial(Mamba2, M, d_state=3, headdim=2, ngroups=2, causal=False),
     "hydra": partial(Hydra, M, d_state=3, headdim=4),
     "rg_lru": partial(RGLRU, M, num_heads=4),
     "attention": partial(Attention, M, num_heads=4, num_heads_kv=1, out_proj_bias=True),
     "attention_rich": partial(Attention, M, 4, 2, 6, rotary_emb_dim=4, window=5, d_conv=3, qkv_proj_bias=True),
-    "attention_both": partial(Attention, M, num_heads=2, causal=False),
+    "attention_both": partial(Attention, M, num_heads=4, causal=False),
 }
 BOTH_SIDES = ("mamba2_both", "hydra", "attention_both")
 # Of these lengths are the stretches of a sequence of L tokens.
@@ -49,6 +50,13 @@ def part_of(mesh, rows):
     size = rows // dp
     row = place.get("dp", 0) * size
     return Part(slice(row, row + size), slice(first, first + lengths[place.get("cp", 0)]))
+
+
+def tokens_of(mesh, count):
+    """This rank's stretch of so many tokens: all of them for the last rank."""
+    if mesh is None or "cp" not in mesh.mesh_dim_names:
+        return slice(count)
+    return slice(count) if mesh.get_local_rank("cp") == mesh["cp"].size() - 1 else slice(0)
 
 
 def whole(tensor, part, shape):
@@ -83,20 +91,27 @@ def run_layer(name, setting, mesh=None):
     mask = torch.arange(L) >= torch.tensor([[3], [12]]) if setting == "padded" else None
     if mask is not None:
         weight = weight * mask.unsqueeze(-1)
-    held = layer.init_state(b, max_length=2 * L) if setting == "state" else None
-    if held is not None:
-        layer(torch.randn(b, 4, M, dtype=torch.float64), held)
+    before = torch.randn(b, 4, M, dtype=torch.float64)
     part = Part()
     if mesh is not None:
         part = part_of(mesh, b)
         parallelize(layer, mesh)
+    held = layer.init_state(b, max_length=2 * L) if setting == "state" else None
+    if held is not None:
+        layer(before[:, tokens_of(mesh, 4)], held)
     x = x[part].clone().requires_grad_()
     y = layer(x, held, bounds, None if mask is None else mask[part])
     (y * weight[part]).sum().backward()
     results = {"y": whole(y * weight[part].ne(0), part, weight.shape), "dx": whole(x.grad, part, weight.shape)}
+    results |= {f"d {name}": gradient for name, gradient in gathered(layer, lambda p: p.grad).items()}
     if held is not None:
-        results |= {f"state {i}": tensor.clone() for i, tensor in enumerate(state.tensors(held))}
-    return results | {f"d {n}": full(p.grad) for n, p in layer.named_parameters()}
+        # Ranks of tp have each a part of a state, which the next tokens show.
+        if mesh is None or "tp" not in mesh.mesh_dim_names:
+            results |= {f"state {i}": tensor.clone() for i, tensor in enumerate(state.tensors(held))}
+        last = tokens_of(mesh, 4)
+        with torch.no_grad():
+            results["y after"] = whole(layer(before[:, last], held), Part(part.rows, last), before.shape)
+    return results
 
 
 def layer_rows():
@@ -131,16 +146,16 @@ def run_training(mixers, dtype, mesh=None, steps=20, checkpointing=False):
         parallelize(model, mesh)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     targets[0, :10] = -100
     losses, norms = [], []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(inputs[part], shift_labels=targets[part], return_logits=step % 2 == 0).loss
+        loss = model(inputs[part], shift_labels=targets[part], return_logits=dtype is torch.float32).loss
         loss.backward()
         norms.append(full(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)).detach())
         optimizer.step()
         losses.append(loss.detach())
     results = {"losses": torch.stack(losses), "norms": torch.stack(norms)}
-    return results | {n: full(p).detach() for n, p in model.named_parameters()}
+    return results | full_state_dict(model)
