@@ -150,7 +150,7 @@ def run_training(mixers, dtype, mesh=None, steps=20, checkpointing=False):
     inputs, targets = tokens[:, :-1].clone(), tokens[:, 1:].clone()
     targets[0, :10] = -100
     losses, norms = [], []
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = model(inputs[part], shift_labels=targets[part], return_logits=dtype is torch.float32).loss
         loss.backward()

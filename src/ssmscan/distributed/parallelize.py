@@ -56,8 +56,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         torch.Size([2, 5, 4])
     """
     names = mesh.mesh_dim_names or ()
-    if not names or not set(names) <= set(DIMENSIONS):
-        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}"
+    if not names or list(names) != [name for name in DIMENSIONS if name in names]:
+        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
         raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
     if "tp" in names:
         split(model, mesh["tp"])
