@@ -6,10 +6,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from ssmscan.distributed.loss import SeveralHolders
 from ssmscan.distributed.sequence import SplitContext
 from ssmscan.distributed.sharding import shard
+from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
 from ssmscan.shapes import error
 
-DIMENSIONS = ("dp", "cp")
+DIMENSIONS = ("dp", "cp", "tp")
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -55,21 +56,20 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         torch.Size([2, 5, 4])
     """
     names = mesh.mesh_dim_names or ()
-    if not names or not set(names) <= set(DIMENSIONS):
-        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}"
+    if not names or list(names) != [name for name in DIMENSIONS if name in names]:
+        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
         raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
+    if "tp" in names:
+        split(model, mesh["tp"])
     if "cp" in names:
-        split = SplitContext(mesh.get_group("cp"))
+        context = SplitContext(mesh.get_group("cp"))
         for module in model.modules():
             if isinstance(getattr(module, "context", None), Context):
-                module.context = split  # type: ignore[assignment]
-    holders = _flat(mesh, [name for name in ("dp", "cp") if name in names])
-    shard(model, holders)
-    if hasattr(model, "holders"):
-        model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
+                module.context = context  # type: ignore[assignment]
+    data = tuple(name for name in names if name != "tp")
+    if data:
+        holders = mesh[data] if len(data) == 1 else mesh[data]._flatten()
+        shard(model, holders)
+        if hasattr(model, "holders"):
+            model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
     return model
-
-
-def _flat(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
-    """The ranks of several dimensions as one."""
-    return mesh[names[0]] if len(names) == 1 else mesh[tuple(names)]._flatten()

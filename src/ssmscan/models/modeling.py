@@ -222,7 +222,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
             logits = self.lm_head(x[:, kept]).float()
             if shift_labels is not None:
                 v = self.config.vocab_size
-                loss = self.loss_function(logits, None, v, shift_labels=shift_labels, **loss_arguments)
+                loss = self.loss_function(logits, None, v, shift_labels=shift_labels.contiguous(), **loss_arguments)
         elif shift_labels is None:
             raise ValueError(error("SSMForCausalLM", "labels must be given without return_logits", "none"))
         else:
