@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,10 +67,15 @@ def _runs(folder):
             "packed cp": (replace(COPY, task=_text(folder), model=SCANS), MeshConfig(cp=2)),
             "chunk cp": (replace(COPY, chunk=4), MeshConfig(cp=2)),
             "packed chunk cp": (replace(COPY, task=_text(folder), chunk=17, model=SCANS), MeshConfig(cp=2)),
+            "tp": (COPY, MeshConfig(tp=2)),
+            "chunk tp": (replace(COPY, chunk=4), MeshConfig(tp=2)),
             "float32": (COPY, MeshConfig(dp=2)),
             "one and two": (COPY, MeshConfig()),
         },
-        4: {"two and four": (COPY, MeshConfig(cp=2))},
+        4: {
+            "two and four": (COPY, MeshConfig(cp=2)),
+            "one and tp": (COPY, MeshConfig(tp=2)),
+        },
     }
 
 
@@ -156,9 +162,12 @@ def ran(tmp_path_factory):
         _back(folder, "whole dp", "one and two", 5)
         _run_all(2, folder)
         _back(folder, "dp", "two and four", 10)
+        _back(folder, "whole dp", "one and tp", 10)
         _run_all(4, folder)
         _back(folder, "two and four", "four and one", 15)
         _train("four and one", COPY, folder)
+        _back(folder, "one and tp", "tp and one", 15)
+        _train("tp and one", COPY, folder)
     return folder
 
 
@@ -178,6 +187,10 @@ def _log(folder):
         ("packed cp", "packed cp"),
         ("chunk cp", "dp"),
         ("packed chunk cp", "packed cp"),
+        ("tp", "dp"),
+        ("chunk tp", "dp"),
+        ("one and tp", "dp"),
+        ("tp and one", "dp"),
         ("float32", "float32"),
         ("one and two", "dp"),
         ("two and four", "dp"),
@@ -293,9 +306,8 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
         raise CheckpointException("save", {1: (full, None)})
 
     monkeypatch.setattr(shards.dcp, "save", save)
-    monkeypatch.setattr(shards, "_state", lambda update: {})
     with pytest.raises(OSError, match="No space left") as raised:
-        shards.save(tmp_path / "shards", None)
+        shards.save(tmp_path / "shards", SimpleNamespace(named={}))
     assert raised.value.filename == str(tmp_path / "shards")
 
 

@@ -18,7 +18,7 @@ from ssmscan.tasks import Text
 from ssmscan.training import checkpoint
 from ssmscan.training.batches import batches
 from ssmscan.training.chunks import check_carries
-from ssmscan.training.clock import Clock
+from ssmscan.training.clock import Clock, flops_per_token
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.evaluation import evaluate, means, scored
@@ -81,7 +81,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
     device = ranks.device
     config, model = _prepare(config)
     task, target = config.task, None if config.target is None else Target.parse(config.target)
-    parameters = model.num_parameters()
+    parameters, flops = model.num_parameters(), flops_per_token(model, task.example_length)
     model = ranks.arrange(model.to(device).train())
     update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
     with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
@@ -89,7 +89,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
         ranks.meet()
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
         with Report(folder, config, step) if ranks.first else Log(folder, step) as report:
-            clock = Clock(config, model, device, seconds, ranks.count)
+            clock = Clock(config, flops, device, seconds, ranks.count)
             last, late = report.newest("eval"), Late()
             for batch in batches(config, step):
                 late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from ssmscan.distributed import parallelize
+from ssmscan.distributed import full_state_dict, parallelize
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
 from ssmscan.tasks import Batch, Measure
@@ -47,7 +46,7 @@ class MeshRanks(Ranks):
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = full_state_dict(model)
         if not self.first:
             return None
         whole = SSMForCausalLM(model.config)

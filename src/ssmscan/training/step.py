@@ -42,7 +42,8 @@ class Step:
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=product_dtype(config.precision, device) == torch.float16
         )
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Those of the optimizer: behind a forward the model may have others in their place, that of several processes.
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # A tensor, so that a recorded step can be told another rate.
         self.rate = torch.zeros((), device=device)
         self.set_rate()
@@ -95,7 +96,7 @@ class Step:
         for inputs in parts:
             loss += self._backward(inputs, answers, scale)
         self.scaler.unscale_(self.optimizer)
-        norm = self.ranks.clip(self.parameters, self.config.optim.clip)
+        norm = self.ranks.clip(list(self.named.values()), self.config.optim.clip)
         infinite = ~norm.isfinite()
         self.halted |= ~loss.isfinite() | (infinite & (scale <= 1))
         # What a GradScaler sets, and fused optimizers read on the device.
