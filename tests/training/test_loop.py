@@ -100,7 +100,7 @@ def test_killed_while_saving_and_resumed(whole, tmp_path):
     driver = f"""
 import os, signal
 from ssmscan.tasks import SelectiveCopying
-from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, checkpoint, train
+from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, checkpoint, train
 
 write = checkpoint._write_manifest
 

@@ -158,7 +158,7 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file matches the manifest."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        if _TRAINING not in hashes or not hashes.keys() & {_MODEL, f"{_SHARDS}/.metadata"}:
+        if not (hashes.keys() >= {_TRAINING} and hashes.keys() & {_MODEL, f"{_SHARDS}/.metadata"}):
             return f"{_MANIFEST} is not complete"
         for name, expected in hashes.items():
             if _sha256(folder / name) != expected:
