@@ -16,8 +16,8 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
-# Files beside those of the operations: of whole models, transformers' models and other libraries.
-BESIDE = ("models", "others", "transformers")
+# Files beside those of the operations: of several GPUs, whole models, transformers' models and other libraries.
+BESIDE = ("distributed", "models", "others", "transformers")
 
 
 @dataclass(frozen=True)
