@@ -69,6 +69,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     data = tuple(name for name in names if name != "tp")
     if data:
         holders = mesh[data] if len(data) == 1 else mesh[data]._flatten()
+        if "tp" in names:
+            # A sum over both in one collective, whose bits all ranks agree on: that of a clipped gradient's norm.
+            mesh._flatten()
         shard(model, holders)
         if hasattr(model, "holders"):
             model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
