@@ -7,7 +7,7 @@ import mesh_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start
 from torch.distributed.device_mesh import init_device_mesh
 
 from ssmscan.distributed import full_state_dict, parallelize
@@ -140,7 +140,7 @@ def _refuses_what_does_not_divide(meshes):
 def ran(request, tmp_path_factory):
     """The results of all ranks: one start of processes for all rows."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (request.param, str(folder)), request.param)
+    start(_worker, request.param, folder)
     return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
