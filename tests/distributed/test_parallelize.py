@@ -68,7 +68,14 @@ def _worker(rank, ranks, folder):
             meshes[dims] = _mesh(dims)
         results[name] = function(*arguments, meshes[dims])
     if ranks == 2:
-        for check in (_repeats, _recomputes, _reads_a_prompt, _keeps_the_weights, _refuses_what_does_not_divide):
+        for check in (
+            _repeats,
+            _recomputes,
+            _gathers_narrow,
+            _reads_a_prompt,
+            _keeps_the_weights,
+            _refuses_what_does_not_divide,
+        ):
             check(meshes)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -97,6 +104,34 @@ def _recomputes(meshes):
         gradients.append(cases.gathered(model, lambda p: p.grad))
     assert gradients[0]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def _gathers_narrow(meshes):
+    """Matrices come in bfloat16 and rates of decay in float32; the gradients are those of float32 parameters."""
+    tokens = torch.randint(0, 12, (2, cases.L), generator=torch.Generator().manual_seed(1))
+    losses, gradients, seen = [], [], {}
+    for mesh in (None, meshes["cp2"]):
+        model = cases.build_model(["mamba", "mamba2"], torch.float32)
+        part = cases.Part() if mesh is None else cases.part_of(mesh, 2)
+        if mesh is not None:
+            parallelize(model, mesh, param_dtype=torch.bfloat16)
+        for block in model.backbone.blocks:
+            for name in ("in_proj.weight", "conv1d.weight", "A_log", "D"):
+                owner = block.mixer.get_submodule(name.rpartition(".")[0])
+                owner.register_forward_hook(
+                    lambda owner, *_, name=name: seen.update({name: getattr(owner, name.rpartition(".")[2]).dtype})
+                )
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(tokens[part], shift_labels=tokens[part]).loss)
+        losses[-1].backward()
+        gradients.append(cases.gathered(model, lambda p: p.grad))
+    narrow = dict.fromkeys(("in_proj.weight", "conv1d.weight"), torch.bfloat16)
+    assert seen == narrow | dict.fromkeys(("A_log", "D"), torch.float32)
+    assert abs(losses[1] - losses[0]) < 1e-3
+    for name, expected in gradients[0].items():
+        found = gradients[1][name]
+        assert found.dtype is torch.float32
+        assert torch.allclose(found, expected, rtol=0, atol=0.06 * expected.abs().max().item()), name
 
 
 @torch.no_grad()
@@ -177,6 +212,10 @@ def test_refusals(alone):
             parallelize(GatedSSM(2), mesh)
     with pytest.raises(NotImplementedError, match=r'layers must be of GatedSSM, .* on a mesh with "tp", got S4D'):
         parallelize(S4D(2), _mesh("tp1"))
+    with pytest.raises(
+        TypeError, match=r"parallelize: parameters to shard must be of one dtype, got \['torch.bfloat16'"
+    ):
+        parallelize(GatedSSM(2, dtype=torch.bfloat16), _mesh("dp1"))
     model = parallelize(cases.build_model(["gated_ssm"]), _mesh("cp1"))
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="SSMForCausalLM: shift_labels must be given in place of labels"):

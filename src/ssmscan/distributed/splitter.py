@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     # Each rank has its part of them. Otherwise all have all of them, and the gradient is the sum of the ranks'.
     split: bool = True
     # Those of a piece that is not split which this rank computes with, in this order; None is all.
-    rows: list[int] | None = None
+    rows: Tensor | None = None
     # Only the first rank computes with them, and the others with zeros: a summand of what is summed over the ranks.
     once: bool = False
 
@@ -61,7 +61,7 @@ class Local(nn.Module):
             if not piece.split:
                 local[i] = copy(local[i], self.mesh.get_group())
                 if piece.rows is not None:
-                    local[i] = local[i].index_select(self.dim, torch.tensor(piece.rows, device=local[i].device))
+                    local[i] = local[i].index_select(self.dim, piece.rows)
                 if piece.once and self.mesh.get_local_rank() > 0:
                     local[i] = local[i] * 0
         return local[0] if len(local) == 1 else torch.cat(local, self.dim)

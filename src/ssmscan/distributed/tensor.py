@@ -6,6 +6,7 @@ projection takes what all ranks have, its last one makes a summand of what all g
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -130,7 +131,7 @@ def _shared(splitter: Splitter, heads: int, groups: int, width: int) -> tuple[Pi
     # As many heads in each; where that is not so, each head has a group of its own.
     if len({own.count(group) for group in distinct}) == 1:
         own = distinct
-    rows = [group * width + i for group in own for i in range(width)]
+    rows = torch.tensor([group * width + i for group in own for i in range(width)], device=splitter.mesh.device_type)
     return Piece(groups * width, split=False, rows=rows), len(own)
 
 
