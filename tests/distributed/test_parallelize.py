@@ -1,6 +1,8 @@
 """Models on a mesh against one process, on the CPU with gloo: outputs, states, gradients and 20 steps of training."""
 
+import gc
 import warnings
+import weakref
 from datetime import timedelta
 
 import mesh_cases as cases
@@ -158,7 +160,12 @@ def _keeps_the_weights(meshes):
             model = cases.build_model(["mamba", "mamba2", "rg_lru"], tie_word_embeddings=tied)
             before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             sizes = [sum(p.numel() for p in group) for group in decay_groups(model)]
-            parallelize(model, mesh)
+            first = weakref.ref(model.backbone.embeddings.weight)
+            with torch.no_grad():
+                parallelize(model, mesh)
+            gc.collect()
+            assert first() is None, "a whole parameter is still in memory"
+            assert all(p.requires_grad for p in model.parameters())
             after = full_state_dict(model)
             assert sorted(after) == sorted(before)
             assert all(torch.equal(after[name], before[name]) for name in before)
@@ -166,7 +173,10 @@ def _keeps_the_weights(meshes):
 
 
 def _refuses_what_does_not_divide(meshes):
-    for layer, got in ((Attention(6, num_heads=3), "heads of Attention"), (GatedSSM(3, expand=1), "rows of weight")):
+    for layer, got in (
+        (Attention(6, num_heads=3), "heads of Attention"),
+        (GatedSSM(3, expand=1), "rows or columns of weight"),
+    ):
         with pytest.raises(ValueError, match=rf"parallelize: the {got}.* must be a multiple of the 2 ranks of tp"):
             parallelize(layer, meshes["tp2"])
 
@@ -212,9 +222,7 @@ def test_refusals(alone):
             parallelize(GatedSSM(2), mesh)
     with pytest.raises(NotImplementedError, match=r'layers must be of GatedSSM, .* on a mesh with "tp", got S4D'):
         parallelize(S4D(2), _mesh("tp1"))
-    with pytest.raises(
-        TypeError, match=r"parallelize: parameters to shard must be of one dtype, got \['torch.bfloat16'"
-    ):
+    with pytest.raises(TypeError, match=r"parallelize: parameters to shard must be of one dtype, got \[torch.bf"):
         parallelize(GatedSSM(2, dtype=torch.bfloat16), _mesh("dp1"))
     model = parallelize(cases.build_model(["gated_ssm"]), _mesh("cp1"))
     tokens = torch.zeros(1, 4, dtype=torch.int64)

@@ -18,22 +18,20 @@ def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
     Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it,
     apart from the modules with a parameter that stays wide.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()}
+    dtypes = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
     if len(dtypes) > 1:
-        advice = "Leave the model in float32 and pass param_dtype, under torch.autocast."
-        raise TypeError(
-            error("parallelize", "parameters to shard must be of one dtype", sorted(map(str, dtypes)), advice)
-        )
+        rule, advice = "parameters to shard must be of one dtype", "Keep float32, and pass param_dtype under autocast."
+        raise TypeError(error("parallelize", rule, dtypes, advice))
     blocks = [module for module in model.modules() if isinstance(module, Block) and module is not model]
     for module in (*blocks, model):
         if param_dtype is not None and (module is not model or not blocks):
-            narrow = MixedPrecisionPolicy(param_dtype, *dtypes, cast_forward_inputs=False)
+            narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtypes[0], cast_forward_inputs=False)
             _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow)
         _shard(module, mesh, MixedPrecisionPolicy())
 
 
 def _shard(modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    fully_shard(modules, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
+    fully_shard(modules, mesh=mesh, mp_policy=policy)
     sharded = modules[0] if isinstance(modules, list) else modules
     assert isinstance(sharded, FSDPModule)
     sharded.set_gradient_divide_factor(1.0)

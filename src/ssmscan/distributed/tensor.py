@@ -5,6 +5,7 @@ projection takes what all ranks have, its last one makes a summand of what all g
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ def _mlp(splitter: Splitter, mlp: MLP) -> None:
     splitter.rows(mlp.fc2)
 
 
-_FORMS: dict[type, Callable[[Splitter, nn.Module], None]] = {
+_FORMS: dict[type, Callable[[Splitter, Any], None]] = {
     GatedSSM: _gated_ssm,
     MatrixSSM: _matrix_ssm,
     Mamba: _mamba,
