@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start
 
 import ssmscan
 from ssmscan.distributed import context_parallel
@@ -89,7 +89,7 @@ def _worker(rank, ranks, folder):
 def ran(request, tmp_path_factory):
     """The results of all ranks: one start of processes for all rows."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (request.param, str(folder)), request.param)
+    start(_worker, request.param, folder)
     results = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
     rows = [(*row, lengths) for row in _rows() for lengths in SHARDS[request.param]]
     return list(zip(rows, zip(*results, strict=True), strict=True))

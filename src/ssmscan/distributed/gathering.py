@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ssmscan.distributed.splitter import Local
@@ -57,4 +57,11 @@ def gathered(model: nn.Module, of: Callable[[Tensor], Tensor | None]) -> dict[st
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # One dimension of the mesh after the other: sharding comes first there, and was done last.
+    placements = list(tensor.placements)
+    for i in range(len(placements)):
+        placements[i] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()

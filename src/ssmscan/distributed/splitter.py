@@ -1,7 +1,7 @@
 """Splitter: parameters of a module split over the ranks of tensor parallelism, piece by piece."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ssmscan.distributed.collectives import copy, join, total
 from ssmscan.shapes import error
@@ -21,7 +22,7 @@ class Piece(NamedTuple):
     # Each rank has its part of them. Otherwise all have all of them, and the gradient is the sum of the ranks'.
     split: bool = True
     # Those of a piece that is not split which this rank computes with, in this order; None is all.
-    rows: list[int] | None = None
+    rows: Tensor | None = None
     # Only the first rank computes with them, and the others with zeros: a summand of what is summed over the ranks.
     once: bool = False
 
@@ -61,20 +62,23 @@ class Local(nn.Module):
             if not piece.split:
                 local[i] = copy(local[i], self.mesh.get_group())
                 if piece.rows is not None:
-                    local[i] = local[i].index_select(self.dim, torch.tensor(piece.rows, device=local[i].device))
+                    local[i] = local[i].index_select(self.dim, piece.rows)
                 if piece.once and self.mesh.get_local_rank() > 0:
                     local[i] = local[i] * 0
         return local[0] if len(local) == 1 else torch.cat(local, self.dim)
 
 
 class Splitter:
-    """Splits modules over the ranks of a mesh of one dimension, "tp"."""
+    """Splits modules over the ranks of a mesh of one dimension, "tp".
+
+    It knows the whole parameters, so nothing that it leaves in a module may know it.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh, self.group = mesh, mesh.get_group()
         self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
         # By the parameter that it was made from, for a model's head and embedding may share theirs.
-        self.made: dict[nn.Parameter, parametrize.ParametrizationList] = {}
+        self.made: dict[nn.Parameter, ParametrizationList] = {}
 
     def check(self, what: str, module: nn.Module, count: int) -> None:
         """Refuse what cannot be shared out to the ranks."""
@@ -94,17 +98,17 @@ class Splitter:
             return
         for piece in pieces or ():
             if piece.split:
-                self.check(f"rows of {name}", module, piece.size)
-        local = Local(self.mesh, dim, pieces)
-        parametrize.register_parametrization(module, name, local, unsafe=True)
-        made = module.parametrizations[name]  # type: ignore[union-attr,index]
+                self.check(f"rows or columns of {name}", module, piece.size)
+        parametrize.register_parametrization(module, name, Local(self.mesh, dim, pieces), unsafe=True)
+        made = cast(ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[name])
+        made.requires_grad_(whole.requires_grad)
         names = [original for original, _ in made.named_parameters()]
         if whole in self.made:
             for original in names:
                 setattr(made, original, getattr(self.made[whole], original))
         self.made[whole] = made
         if name in getattr(module, "_no_weight_decay", ()):
-            made._no_weight_decay = tuple(names)
+            made._no_weight_decay = tuple(names)  # type: ignore[assignment]
 
     def parameters(self, module: nn.Module, *names: str) -> None:
         """Split parameters along their first axis."""
@@ -124,7 +128,8 @@ class Splitter:
         """A linear layer of which each rank makes a part of the output, from an input that all have."""
         for name in ("weight", "bias"):
             self.parameter(linear, name, pieces)
-        linear.register_forward_pre_hook(lambda _, inputs: (copy(inputs[0], self.group), *inputs[1:]))
+        group = self.group
+        linear.register_forward_pre_hook(lambda _, inputs: (copy(inputs[0], group), *inputs[1:]))
 
     def rows(self, linear: nn.Linear, then_split: bool = False) -> None:
         """A linear layer of which each rank has a part of the input; the output is summed.
@@ -134,25 +139,27 @@ class Splitter:
         self.parameter(linear, "weight", [Piece(linear.in_features)], dim=1)
         self.parameter(linear, "bias", [Piece(linear.out_features, split=False, once=True)])
 
+        group = self.group
+
         def leave(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            output = total(output, self.group)
-            return copy(output, self.group) if then_split else output
+            output = total(output, group)
+            return copy(output, group) if then_split else output
 
         linear.register_forward_hook(leave)
 
     def vocabulary(self, embedding: nn.Embedding, head: nn.Linear | None) -> None:
         """An embedding and a head of which each rank has a part of the tokens; the head's scores are put together."""
-        own = embedding.num_embeddings // self.ranks
+        group, own = self.group, embedding.num_embeddings // self.ranks
         first = self.rank * own
 
         def look_up(tokens: Tensor) -> Tensor:
             place = tokens - first
             here = (place >= 0) & (place < own)
             found = F.embedding(place.where(here, 0), embedding.weight)
-            return total(found.masked_fill(~here.unsqueeze(-1), 0), self.group)
+            return total(found.masked_fill(~here.unsqueeze(-1), 0), group)
 
         self.parameters(embedding, "weight")
-        embedding.forward = look_up  # type: ignore[method-assign]
+        embedding.forward = look_up  # type: ignore[assignment,method-assign]
         if head is not None:
             self.columns(head, Piece(head.out_features))
-            head.register_forward_hook(lambda _, inputs, scores: join(scores, self.group))
+            head.register_forward_hook(lambda _, inputs, scores: join(scores, group))

@@ -5,7 +5,9 @@ projection takes what all ranks have, its last one makes a summand of what all g
 """
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -100,7 +102,7 @@ def _mlp(splitter: Splitter, mlp: MLP) -> None:
     splitter.rows(mlp.fc2)
 
 
-_FORMS: dict[type, Callable[[Splitter, nn.Module], None]] = {
+_FORMS: dict[type, Callable[[Splitter, Any], None]] = {
     GatedSSM: _gated_ssm,
     MatrixSSM: _matrix_ssm,
     Mamba: _mamba,
@@ -130,7 +132,7 @@ def _shared(splitter: Splitter, heads: int, groups: int, width: int) -> tuple[Pi
     # As many heads in each; where that is not so, each head has a group of its own.
     if len({own.count(group) for group in distinct}) == 1:
         own = distinct
-    rows = [group * width + i for group in own for i in range(width)]
+    rows = torch.tensor([group * width + i for group in own for i in range(width)], device=splitter.mesh.device_type)
     return Piece(groups * width, split=False, rows=rows), len(own)
 
 
