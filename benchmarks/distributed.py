@@ -40,12 +40,17 @@ from ssmscan.training.clock import flops_per_token
 from ssmscan.training.mesh import MeshRanks
 from ssmscan.training.optim import make_optimizer
 from ssmscan.training.ranks import Ranks
-from ssmscan.training.step import Step
+from ssmscan.training.step import Step, product_dtype
 
 # What tells one row from another.
 KEY = ("experiment", "case", "gpus", "mesh", "batch", "length", "chunk", "checkpointing")
 # A model that a CPU can try, in place of the named one.
-TINY = {"hidden_size": 32, "vocab_size": 64, "mixers": ["mamba2"] * 2, "mixer_options": {"mamba2": {"headdim": 16}}}
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "vocab_size": 64,
+    "mixers": ["mamba2"] * 2,
+    "mixer_options": {"mamba2": {"headdim": 16}},
+}
 
 
 class Sent(TorchDispatchMode):
@@ -93,7 +98,8 @@ def links(device: torch.device, size: int) -> dict[str, Any]:
     """The copy rate within a device, and of an all-reduce between all: its rate on a ring's links, and its latency."""
     ranks, data = dist.get_world_size(), torch.ones(size // 4, device=device)
     small = torch.ones(1024, device=device)
-    whole, tiny = (slowest_ms(lambda one=one: dist.all_reduce(one), 5, device) for one in (data, small))
+    whole = slowest_ms(lambda: dist.all_reduce(data), 5, device)
+    tiny = slowest_ms(lambda: dist.all_reduce(small), 5, device)
     return {
         "copy_gbps": round(copy_gbps(device.type)),
         "all_reduce_ms": round(whole, 3),
@@ -170,7 +176,7 @@ def model(given: argparse.Namespace, sizes: dict[str, int], device: torch.device
     ranks: Ranks = Ranks(device)
     if mesh:
         ranks = MeshRanks(device, init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh)))
-    made = ranks.arrange(made)
+    made = ranks.arrange(made, product_dtype(config.precision, device))
     update = Step(made, make_optimizer(made, config.optim), config, device, ranks)
     tokens = torch.randint(made.config.vocab_size, (given.batch, given.length + 1), generator=torch.manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
@@ -216,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=300))
     processes = dist.get_world_size()
     length = given.length if given.per_rank is None else given.per_rank * processes
-    case = {"batch": None, "length": None, "chunk": None, "checkpointing": None, "mesh": None}
+    case: dict[str, Any] = {"batch": None, "length": None, "chunk": None, "checkpointing": None, "mesh": None}
     if given.experiment == "links":
         row = links(device, 2**20 if given.tiny else COPY_BYTES["cuda"])
     elif given.experiment == "scan":

@@ -70,6 +70,7 @@ def _runs(folder):
             "tp": (COPY, MeshConfig(tp=2)),
             "chunk tp": (replace(COPY, chunk=4), MeshConfig(tp=2)),
             "float32": (COPY, MeshConfig(dp=2)),
+            "bfloat16": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2)),
             "one and two": (COPY, MeshConfig()),
         },
         4: {
@@ -82,7 +83,7 @@ def _runs(folder):
 @contextmanager
 def _precision(name):
     """The dtype of weights that are made meanwhile."""
-    torch.set_default_dtype(torch.float32 if name == "float32" else torch.float64)
+    torch.set_default_dtype(torch.float32 if name in ("float32", "bfloat16") else torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -210,6 +211,17 @@ def test_a_run_is_that_of_one_process(ran, name, one):
     for line, other in zip(lines, others, strict=True):
         del line["split"], other["split"]
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_a_run_in_bfloat16(ran):
+    """Weights that are gathered in bfloat16, and are float32."""
+    found, expected = (load_file(ran / folder / "model.safetensors") for folder in ("bfloat16", "whole float32"))
+    assert {weight.dtype for weight in found.values()} == {torch.float32}
+    far = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
+    # Updates of Adam, each of the size of the learning rate whatever its gradient's.
+    assert 1e-4 < far < 1e-2
+    losses = ([line["loss"] for line in _log(ran / folder)] for folder in ("bfloat16", "whole float32"))
+    assert next(losses) == pytest.approx(next(losses), rel=5e-3)
 
 
 def test_the_first_process_tells(ran):

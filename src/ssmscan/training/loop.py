@@ -26,7 +26,7 @@ from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.ranks import Ranks, joined
 from ssmscan.training.report import Log, Report, plot
-from ssmscan.training.step import Step, autocast
+from ssmscan.training.step import Step, autocast, product_dtype
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
     config, model = _prepare(config)
     task, target = config.task, None if config.target is None else Target.parse(config.target)
     parameters, flops = model.num_parameters(), flops_per_token(model, task.example_length)
-    model = ranks.arrange(model.to(device).train())
+    model = ranks.arrange(model.to(device).train(), product_dtype(config.precision, device))
     update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
     with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
         # Until it is.

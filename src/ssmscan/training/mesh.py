@@ -41,8 +41,8 @@ class MeshRanks(Ranks):
             return 0, 1
         return self.mesh.get_local_rank(dimension), self.mesh[dimension].size()
 
-    def arrange(self, model: SSMForCausalLM) -> SSMForCausalLM:
-        parallelize(model, self.mesh)
+    def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
+        parallelize(model, self.mesh, param_dtype=None if products == torch.float32 else products)
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:

@@ -30,8 +30,8 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def arrange(self, model: SSMForCausalLM) -> SSMForCausalLM:
-        """The model as the processes share it; they drew the same one."""
+    def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
+        """The model as the processes share it, whose products are in a dtype by autocast; they drew the same one."""
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:

@@ -31,7 +31,7 @@ _VALUE = "value"
 
 def save(folder: Path, update: Step) -> None:
     """Write model and optimizer to ``folder``; every process of the run calls it."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, pieces in _pieces(update).items():
         for i, piece in enumerate(pieces):
             tensors = {_VALUE: piece.detach(), **update.optimizer.state[piece]}
@@ -42,7 +42,7 @@ def save(folder: Path, update: Step) -> None:
 
 def load(folder: Path, update: Step) -> None:
     """Read what :func:`save` wrote, whatever the processes and their mesh were then."""
-    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    written: dict[str, Any] = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     pieces = {f"{name}/{i}": piece for name, own in _pieces(update).items() for i, piece in enumerate(own)}
     same = {key.rpartition("/")[0] for key in written} == pieces.keys()
     state = {
