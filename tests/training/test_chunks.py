@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssmscan.models import SSMConfig, SSMForCausalLM
+from ssmscan.models import SSMConfig, SSMForCausalLM, preset
 from ssmscan.tasks import IGNORE
 from ssmscan.training import chunked_backward
 
@@ -170,6 +170,37 @@ def test_no_activation_is_longer_than_a_chunk(truncate):
             chunked_backward(model, *_tokens(1, length), 16, truncate=truncate)
         most.append(seen.most)
     assert most[0] == most[1]
+
+
+def _on_a_gpu(length, chunk=None):
+    """Loss and gradients of four layers of the 130M Mamba-2 in bfloat16, and the peak of memory (bytes)."""
+    torch.manual_seed(0)
+    model = SSMForCausalLM(preset("mamba2-130m", mixers=["mamba2"] * 4, vocab_size=1024)).cuda().train()
+    tokens = torch.randint(1024, (1, length + 1), generator=torch.Generator().manual_seed(1)).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        if chunk is None:
+            loss = _loss(model, tokens[:, :-1], tokens[:, 1:])
+        else:
+            loss = chunked_backward(model, tokens[:, :-1], tokens[:, 1:], chunk)
+    if chunk is None:
+        loss.backward()
+    return loss.detach(), _gradients(model), torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.gpu
+def test_65536_tokens_on_a_gpu():
+    """As the plain run has them, to the noise of bfloat16."""
+    loss, expected, whole = _on_a_gpu(2**16)
+    found, gradients, peak = _on_a_gpu(2**16, chunk=2**13)
+    assert abs(found - loss) < 1e-3 * loss
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() < 0.02 * expected[name].norm(), name
+    assert peak < whole / 4
+    # Beside tokens, 16 bytes each, the states between the chunks.
+    _, _, longer = _on_a_gpu(2**18, chunk=2**13)
+    states = 24 * 4 * 4 * (24 * 64 * 128 + 3 * 1792)
+    assert longer - peak < 1.1 * (states + 16 * 3 * 2**16) + 2**24
 
 
 def test_refusals():
