@@ -38,7 +38,7 @@ def summary(
     The other arguments are those of :func:`ssmscan.ssd`, on sequences that are not packed.
     """
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
-    options = Options(dt_softplus, *map(float, dt_limit), reverse)
+    options = Options(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), reverse)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     delta = (F.softplus(delta) if dt_softplus else delta).clamp(options.low, options.high)
     log = delta * A.to(dtype)
