@@ -1,9 +1,9 @@
-"""Write what is under benchmarks/results into README.md and docs/benchmarks.md, and draw docs/images."""
+"""Write what is under benchmarks/results into README.md and pages of docs/, and draw docs/images."""
 
 import json
 from pathlib import Path
 
-from ssmscan.bench import pages, plot
+from ssmscan.bench import pages, plot, scaling
 from ssmscan.bench.compare import headlines, machine_of, pairs, read_others
 from ssmscan.bench.result import read_all
 
@@ -14,14 +14,18 @@ def main() -> None:
     recorded, images = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
     results, others = read_all(recorded), read_others(recorded)
     models = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in recorded.glob("*/models.json")}
+    shared = scaling.read(recorded)
     for name, content in (
         ("README.md", pages.short(results, others)),
         ("docs/benchmarks.md", pages.full(results, others, models)),
+        ("docs/scaling.md", scaling.page(shared)),
     ):
         page = ROOT / name
         page.write_text(pages.insert(page.read_text(encoding="utf-8"), content), encoding="utf-8")
     for result in results:
         plot.over_length(result, images / f"{result.op}-{result.gpu}.png")
+    for machine, rows in shared.items():
+        scaling.picture(machine, rows, images / f"scaling-{machine}.png")
     gpu = machine_of(results, others)
     found = headlines(pairs([result for result in results if result.gpu == gpu], others.get(gpu, ())))
     plot.over_floor(found, gpu, images / f"headlines-{gpu}.png")

@@ -67,8 +67,8 @@ def test_what_is_recorded(tmp_path):
     ]
     assert all(row["commit"] == "abc" and row["torch"] == torch.__version__ for row in rows)
     assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows[1:])
-    # Once forward and once backward, float32: decays and a state of 2 · 16 · 8 numbers, and the gradients of two.
-    assert (rows[1]["collectives"], rows[1]["sent_bytes"]) == (2, 2 * 2 * (2 * 16 * 8) * 4)
-    assert (rows[2]["collectives"], rows[2]["sent_bytes"]) == (2, 2 * 2 * (32 * 16) * 4)
+    # Once forward and once backward, float32: a state and its decays, and the gradients of two states.
+    assert (rows[1]["collectives"], rows[1]["sent_bytes"]) == (2, 4 * (3 * (2 * 16 * 8) + 2))
+    assert (rows[2]["collectives"], rows[2]["sent_bytes"]) == (2, 4 * 4 * (32 * 16))
     # The pages of operations leave the file alone.
     assert read_all(tmp_path) == []

@@ -34,7 +34,7 @@ def over_length(result: Result, path: Path) -> None:
     times = [time for row in swept for time in (row.floor_ms, row.p80_ms)]
     plane.set_ylim(min(times) / 1.6, max(times) * 1.6)
     lengths = sorted({row.shape["l"] for row in swept})
-    plane.set_xticks(lengths, [_thousands(length) for length in lengths])
+    plane.set_xticks(lengths, [thousands(length) for length in lengths])
     plane.xaxis.set_minor_locator(NullLocator())
     plane.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     plane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -43,7 +43,7 @@ def over_length(result: Result, path: Path) -> None:
     plane.set_ylabel("milliseconds", color=_MUTED)
     rest = axes({axis: length for axis, length in first.shape.items() if axis not in "bl"})
     tokens = first.shape["b"] * first.shape["l"]
-    title = f"{result.op} on {result.gpu.upper()}: {_thousands(tokens)} tokens, {rest}, {first.dtype}"
+    title = f"{result.op} on {result.gpu.upper()}: {thousands(tokens)} tokens, {rest}, {first.dtype}"
     _finish(figure, plane, title, path)
 
 
@@ -122,5 +122,5 @@ def _finish(figure, plane, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _thousands(length: int) -> str:
+def thousands(length: int) -> str:
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
