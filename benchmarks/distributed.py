@@ -168,6 +168,7 @@ def model(given: argparse.Namespace, sizes: dict[str, int], device: torch.device
         gradient_checkpointing=given.checkpointing,
         precision="auto",
     )
+    torch.manual_seed(0)
     with torch.device(device):
         made = SSMForCausalLM(preset(given.name, **(TINY if given.tiny else {}))).train()
     flops = flops_per_token(made, given.length)

@@ -25,7 +25,8 @@ from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import SelectiveCopying, Text
 from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, shards, train
 from ssmscan.training.config import to_yaml
-from ssmscan.training.ranks import Ranks, joined
+from ssmscan.training.options import train_config, train_parser
+from ssmscan.training.ranks import Ranks, device_of, joined
 from ssmscan.training.step import Step
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forkserver")
@@ -338,6 +339,25 @@ def test_refusals(changes, environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message), joined(replace(COPY, **changes)):
         pass
+
+
+def test_more_processes_than_devices(monkeypatch):
+    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(COPY) == torch.device("cpu")
+    with pytest.raises(UsageError, match="processes of a machine must be at most its 2 devices, got process 3"):
+        device_of(replace(COPY, device="cuda"))
+
+
+def test_a_run_goes_on_with_another_mesh(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(COPY, mesh=MeshConfig(dp=2, timeout=7.0))))
+    arguments = ["--resume", str(tmp_path), "--mesh.cp", "2", "--mesh.dp", "null"]
+    parser = train_parser(arguments)
+    config, resume = train_config(arguments, parser.instantiate(parser.parse_args(arguments)))
+    assert resume
+    assert config == replace(COPY, out=str(tmp_path), mesh=MeshConfig(cp=2, timeout=7.0))
 
 
 def test_one_process_needs_no_group(monkeypatch):

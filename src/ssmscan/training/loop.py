@@ -78,6 +78,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 
 
 def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
+    """The run, in each of its processes: all make the same steps, and the first one tells and writes."""
     device = ranks.device
     config, model = _prepare(config)
     task, target = config.task, None if config.target is None else Target.parse(config.target)
@@ -85,7 +86,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
     model = ranks.arrange(model.to(device).train(), product_dtype(config.precision, device))
     update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
     with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
-        # Until it is.
+        # The others come once the folder is claimed.
         ranks.meet()
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
         with Report(folder, config, step) if ranks.first else Log(folder, step) as report:

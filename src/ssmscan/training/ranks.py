@@ -75,7 +75,13 @@ def device_of(config: TrainConfig) -> torch.device:
         if config.cuda_graph:
             raise UsageError(error("train", "cuda_graph must be false without CUDA", "true"))
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _started() > 1 else torch.device("cuda")
+    if _started() == 1:
+        return torch.device("cuda")
+    local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= devices:
+        rule = f"processes of a machine must be at most its {devices} devices"
+        raise UsageError(error("train", rule, f"process {local + 1}", "Start fewer, or use --device cpu."))
+    return torch.device("cuda", local)
 
 
 @contextmanager
