@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssmscan import ssd
+from ssmscan import selective_scan, ssd
 from ssmscan.distributed.handover import gather, place, with_backward_of
+from ssmscan.ops.selective_scan.summary import summary as selective_scan_summary
 from ssmscan.ops.ssd.summary import summary as ssd_summary
 
 # What a stretch does to a state, for operations that have it without the outputs.
-_SUMMARIES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {ssd: ssd_summary}
+_SUMMARIES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    selective_scan: selective_scan_summary,
+    ssd: ssd_summary,
+}
 
 
 class Stretch(NamedTuple):
