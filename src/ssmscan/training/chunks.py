@@ -204,7 +204,8 @@ def _leave(part: _Chunk, cache: SSMCache) -> list[Tensor]:
     tensors = [tensor for layer in cache.layers for tensor in layer.state.state]
     if not part.goes_on:
         return [torch.zeros_like(tensor[-1:]) for tensor in tensors]
-    return [tensor[-1:] for tensor in tensors] if "cu_seqlens" in part.inputs else tensors
+    # A copy, or the states of all its sequences would stay with the last.
+    return [tensor[-1:].clone() for tensor in tensors] if "cu_seqlens" in part.inputs else tensors
 
 
 def _leaf(tensor: Tensor) -> Tensor:
