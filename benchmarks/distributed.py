@@ -1,8 +1,8 @@
 """Time operations and models that several GPUs share, each GPU a process of torchrun.
 
     torchrun --nproc-per-node 4 benchmarks/distributed.py links
-    torchrun --nproc-per-node 4 benchmarks/distributed.py scan ssd --per-rank 65536
-    torchrun --nproc-per-node 4 benchmarks/distributed.py scan selective_scan --length 1048576
+    torchrun --nproc-per-node 4 benchmarks/distributed.py scan ssd selective_scan --per-rank 65536 524288
+    torchrun --nproc-per-node 4 benchmarks/distributed.py scan ssd --length 1048576
     torchrun --nproc-per-node 4 benchmarks/distributed.py model mamba2-130m --length 1048576 --chunk 262144 --mesh cp=4
     torchrun --nproc-per-node 4 benchmarks/distributed.py model mamba2-1.3b --length 2048 --batch 32 --mesh dp=4
 
@@ -13,12 +13,14 @@ measured; on one process it is what one GPU does, which the others are compared 
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -158,20 +160,21 @@ def measured(step: Callable[[], object], repeats: int, device: torch.device, tok
     return row if peak is None else {**row, "peak_gib": round(peak, 2)}
 
 
-def model(given: argparse.Namespace, sizes: dict[str, int], device: torch.device) -> dict[str, Any]:
+def model(
+    name: str, length: int, sizes: dict[str, int], given: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     """The step of a training run: forward, backward, clip and AdamW, under bfloat16 autocast on a GPU."""
     config = TrainConfig(
         batch_size=given.batch,
         micro_batch_size=given.micro_batch,
         chunk=given.chunk,
-        truncate=given.truncate,
         gradient_checkpointing=given.checkpointing,
         precision="auto",
     )
     torch.manual_seed(0)
     with torch.device(device):
-        made = SSMForCausalLM(preset(given.name, **(TINY if given.tiny else {}))).train()
-    flops = flops_per_token(made, given.length)
+        made = SSMForCausalLM(preset(name, **(TINY if given.tiny else {}))).train()
+    flops = flops_per_token(made, length)
     parameters = made.num_parameters()
     mesh = {name: size for name, size in sizes.items() if size > 1}
     ranks: Ranks = Ranks(device)
@@ -179,9 +182,9 @@ def model(given: argparse.Namespace, sizes: dict[str, int], device: torch.device
         ranks = MeshRanks(device, init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh)))
     made = ranks.arrange(made, product_dtype(config.precision, device))
     update = Step(made, make_optimizer(made, config.optim), config, device, ranks)
-    tokens = torch.randint(made.config.vocab_size, (given.batch, given.length + 1), generator=torch.manual_seed(0))
+    tokens = torch.randint(made.config.vocab_size, (given.batch, length + 1), generator=torch.manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * given.length)
+    row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * length)
     row["tflops_per_gpu"] = round(row["tokens_per_s"] * flops / dist.get_world_size() / 1e12, 1)
     return {**row, "parameters": parameters}
 
@@ -198,14 +201,13 @@ def sizes_of(text: str, processes: int) -> dict[str, int]:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=("links", "scan", "model"))
-    parser.add_argument("name", nargs="?", default="", help="ssd or selective_scan; of a model, its preset")
-    parser.add_argument("--length", type=int, default=65536, help="of a sequence (tokens; default: %(default)s)")
-    parser.add_argument("--per-rank", type=int, help="length for each process in place of --length (tokens)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="ssd and selective_scan; of models, presets")
+    parser.add_argument("--length", type=int, nargs="+", default=[], help="of a sequence (tokens)")
+    parser.add_argument("--per-rank", type=int, nargs="+", default=[], help="and for each process (tokens)")
     parser.add_argument("--batch", type=int, default=1, help="of a model's step (sequences; default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, help="at once in a process (sequences; default: all)")
     parser.add_argument("--mesh", default="", help="of a model, as in dp=2,cp=2 (default: one process)")
     parser.add_argument("--chunk", type=int, help="of a sequence at once in all processes (tokens; default: all)")
-    parser.add_argument("--truncate", action="store_true", help="no gradient from one chunk to the one before")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of <gpu>x<count>/distributed.json, whose row is replaced")
@@ -221,28 +223,37 @@ def main(arguments: list[str] | None = None) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=300))
-    processes = dist.get_world_size()
-    length = given.length if given.per_rank is None else given.per_rank * processes
-    case: dict[str, Any] = {"batch": None, "length": None, "chunk": None, "checkpointing": None, "mesh": None}
     if given.experiment == "links":
-        row = links(device, 2**20 if given.tiny else COPY_BYTES["cuda"])
-    elif given.experiment == "scan":
-        case |= {"batch": 1, "length": length, "mesh": f"cp={processes}"}
-        row = scan(given.name, length, device, given.repeats, given.tiny)
-    else:
-        sizes = sizes_of(given.mesh, processes)
-        given.length = length
-        case |= {"batch": given.batch, "length": length, "chunk": given.chunk, "checkpointing": given.checkpointing}
-        case["mesh"] = ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-        row = model(given, sizes, device)
-    row = {"experiment": given.experiment, "case": given.name, "gpus": processes, **case, **row}
-    if dist.get_rank() == 0:
-        row |= {"commit": given.commit or commit(), "torch": versions()[0], "date": now()}
-        print(json.dumps(row), flush=True)
-        if given.out is not None:
-            count = f"x{torch.cuda.device_count()}" if on_gpu else ""
-            replace_rows(given.out / f"{machine(device.type)}{count}" / "distributed.json", [row], KEY)
+        record(given, {}, links(device, 2**20 if given.tiny else COPY_BYTES["cuda"]))
+    lengths = [*given.length, *(length * dist.get_world_size() for length in given.per_rank)]
+    for name, length in product(given.names, lengths):
+        if given.experiment == "scan":
+            case = {"case": name, "mesh": f"cp={dist.get_world_size()}", "batch": 1, "length": length}
+            row = scan(name, length, device, given.repeats, given.tiny)
+        else:
+            sizes = sizes_of(given.mesh, dist.get_world_size())
+            case = {"case": name, "mesh": given.mesh, "batch": given.batch, "length": length}
+            case |= {"chunk": given.chunk, "checkpointing": given.checkpointing}
+            row = model(name, length, sizes, given, device)
+        record(given, case, row)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def record(given: argparse.Namespace, case: dict[str, Any], row: dict[str, Any]) -> None:
+    """Print a row and write it down, in the first process."""
+    if dist.get_rank() > 0:
+        return
+    source = {"commit": given.commit or commit(), "torch": versions()[0], "date": now()}
+    everything = {"experiment": given.experiment, "gpus": dist.get_world_size(), **case, **row, **source}
+    whole = {**dict.fromkeys(KEY), **everything}
+    print(json.dumps(whole), flush=True)
+    if given.out is not None:
+        gpu = torch.cuda.is_available() and not given.tiny
+        folder = f"{machine('cuda')}x{torch.cuda.device_count()}" if gpu else machine("cpu")
+        replace_rows(given.out / folder / "distributed.json", [whole], KEY)
 
 
 if __name__ == "__main__":
