@@ -117,6 +117,7 @@ def layer_rows():
                 yield name, setting
 
 
+MIXERS = ["mamba", "rg_lru", "mamba2", "attention"]
 OPTIONS = {
     "mamba": {"d_state": 3},
     "mamba2": {"d_state": 3, "headdim": 4},

@@ -139,3 +139,8 @@ def test_refusals(alone):
             context_parallel(ssmscan.linear_scan, x, x, cu_seqlens=bounds)
     with pytest.raises(ValueError, match="linear_scan: "):
         context_parallel(ssmscan.linear_scan, x, x[:, :2])
+    A, B = -torch.ones(2, 1), torch.ones(1, 3, 1)
+    with pytest.raises(ValueError, match="selective_scan: dt must have shape"):
+        context_parallel(ssmscan.selective_scan, x, x[:, :2], A, B, B)
+    with pytest.raises(ValueError, match="ssd: dt must have shape"):
+        context_parallel(ssmscan.ssd, x[..., None], x[:, :2], A[:, 0], B[..., None], B[..., None])

@@ -17,7 +17,7 @@ from ssmscan.layers import S4D, Attention, GatedSSM, decay_groups
 
 ALL, FEW = tuple(cases.LAYERS), ("mamba2", "mamba2_groups", "attention", "attention_rich")
 SPLIT = tuple(name for name in ALL if name not in ("s4d", "hydra"))
-HYBRID, SMALL = ["mamba", "rg_lru", "mamba2", "attention"], ["mamba2", "attention"]
+HYBRID, SMALL = cases.MIXERS, ["mamba2", "attention"]
 # By the number of ranks and the mesh: layers with the settings in which they run, and the mixers of models to train.
 MESHES = {
     (2, "cp2"): [(ALL, ("plain",))],
@@ -205,6 +205,36 @@ def test_a_mesh_makes_what_one_process_makes(ran):
                 found = result[name][part]
                 assert found.shape == value.shape, f"{name} {part}"
                 assert torch.allclose(found, value, rtol=bound, atol=bound), f"{name} {part}"
+
+
+def _on_gpus(rank, ranks, folder):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, device_id=device
+    )
+    tokens = torch.randint(0, 12, (4, cases.L), generator=torch.Generator().manual_seed(1)).to(device)
+    for name in ("dp", "cp", "tp"):
+        mesh = init_device_mesh("cuda", (ranks,), mesh_dim_names=(name,))
+        losses, gradients = [], []
+        for part in (cases.Part(), cases.part_of(mesh, 4)):
+            model = cases.build_model(cases.MIXERS, torch.float32).to(device)
+            if losses:
+                parallelize(model, mesh)
+            losses.append(model(tokens[part], shift_labels=tokens[part], return_logits=False).loss)
+            losses[-1].backward()
+            gradients.append(cases.gathered(model, lambda p: p.grad))
+        assert torch.allclose(*losses, rtol=1e-5)
+        for path, expected in gradients[0].items():
+            error = (gradients[1][path] - expected).abs().max()
+            assert error <= 1e-3 * expected.abs().max().clamp(min=1e-3), f"{name} {path}"
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_on_gpus(tmp_path):
+    """On two, or what there is of them: the kernels, and NCCL."""
+    start(_on_gpus, min(torch.cuda.device_count(), 2), tmp_path)
 
 
 @pytest.fixture

@@ -7,16 +7,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@torch.compiler.disable
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """x, the same on all ranks, for each to make a part of the result from: the gradient is the sum of theirs."""
     return _Copy.apply(x, group)
 
 
+@torch.compiler.disable
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over the ranks, with which all do the same: each summand's gradient is that of the sum."""
     return _Total.apply(x, group)
 
 
+@torch.compiler.disable
 def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts of the last axis, side by side, with which all do the same."""
     return _Join.apply(x, group)

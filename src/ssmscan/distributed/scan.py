@@ -91,14 +91,10 @@ class _Meet(torch.autograd.Function):
         decays, *tensors = ctx.saved_tensors
         given = {name: tensor.detach() for name, tensor in zip(ctx.names, tensors, strict=True)}
         stretch = ctx.stretch._replace(given=ctx.stretch.given | given)
+        # Nothing is asked of the first rank, and of no tokens there is nothing.
         g = torch.zeros_like(dleaving)
-        if stretch.summary is not None:
-            _, g = stretch.summary(**stretch.given, dy=dy)
-        elif not ctx.first and dy.shape[1] > 0:
-            with torch.enable_grad():
-                h0 = g.requires_grad_()
-                y, _ = stretch.run(h0=h0)
-            (g,) = torch.autograd.grad(y, h0, dy, allow_unused=True, materialize_grads=True)
+        if not ctx.first and dy.shape[1] > 0:
+            g = _adjoint(stretch, dy, g)
         gs, dleavings = gather(stretch.group, stretch.reverse, g, dleaving)
         # Each rank's own copy of the last state has a gradient.
         gradients = [dleavings.sum(0)]
@@ -106,3 +102,14 @@ class _Meet(torch.autograd.Function):
             gradients.append(decay.conj() * gradients[-1] + g)
         dh = gradients[dist.get_world_size(stretch.group) - 1 - place(stretch.group, stretch.reverse)]
         return None, None, None, None, dy, dh, *(None for _ in tensors)
+
+
+def _adjoint(stretch: Stretch, dy: Tensor, none: Tensor) -> Tensor:
+    """The gradient that y's makes of the state which enters; ``none`` is a state of zeros."""
+    if stretch.summary is not None:
+        return stretch.summary(**stretch.given, dy=dy)[1]
+    with torch.enable_grad():
+        h0 = none.requires_grad_()
+        y, _ = stretch.run(h0=h0)
+    (dh,) = torch.autograd.grad(y, h0, dy)
+    return dh

@@ -21,13 +21,16 @@ class SplitContext(Context):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
+    @torch.compiler.disable
     def run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return context_parallel(operation, *args, group=self.group, **kwargs)
 
+    @torch.compiler.disable
     def extent(self, length: int, device: torch.device) -> tuple[int, int]:
         lengths = lengths_of(length, device, self.group)
         return sum(lengths[: dist.get_rank(self.group)]), sum(lengths)
 
+    @torch.compiler.disable
     def gather(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, lengths_of(x.shape[1], x.device, self.group), self.group)
 

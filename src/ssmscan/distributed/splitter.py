@@ -54,6 +54,7 @@ class Local(nn.Module):
             made.append(DTensor.from_local(own.clone(), self.mesh, [placement], run_check=False))
         return made
 
+    @torch.compiler.disable
     def forward(self, *pieces: DTensor) -> Tensor:
         local = [piece.to_local() for piece in pieces]
         if self.pieces is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.selective_scan.autograd import Options
+from ssmscan.ops.selective_scan.op import check
 from ssmscan.shapes import state_dtype
 
 # Tokens whose states exist at a time.
@@ -36,13 +37,13 @@ def summary(
 
     The other arguments are those of :func:`ssmscan.selective_scan`, on sequences that are not packed.
     """
+    B, C = check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, None)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     delta = F.softplus(delta) if dt_softplus else delta
     rate = A.to(dtype)
     decay = torch.exp(delta.sum(1)[..., None] * rate)
     u, v = (x, B) if dy is None else (dy, C)
-    v = v.unsqueeze(2) if v.dim() == 3 else v
     if choose("selective_scan", backend, x.device.type, dtype) == "triton" and x.numel() > 0:
         from ssmscan.ops.selective_scan.kernel_fwd import states
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssmscan.backend import choose
 from ssmscan.ops.ssd.autograd import Options
+from ssmscan.ops.ssd.op import check
 from ssmscan.ops.ssd.plain import grown
 from ssmscan.shapes import state_dtype
 
@@ -37,6 +38,7 @@ def summary(
 
     The other arguments are those of :func:`ssmscan.ssd`, on sequences that are not packed.
     """
+    check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, None)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias)
     options = Options(dt_softplus, float(dt_limit[0]), float(dt_limit[1]), reverse)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
