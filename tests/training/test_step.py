@@ -125,6 +125,7 @@ def test_a_step_in_chunks(options):
     [
         ({"chunk": 0}, "chunk must be at least 1"),
         ({"chunk": 8, "cuda_graph": True}, "cuda_graph must be false with chunk"),
+        ({"chunk": 8, "compile": True}, "compile must be false with chunk"),
         ({"chunk": 8, "gradient_checkpointing": True}, "gradient_checkpointing must be false with chunk"),
         ({"truncate": True}, "truncate must be false without chunk"),
     ],

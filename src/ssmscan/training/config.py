@@ -235,7 +235,8 @@ class TrainConfig:
             _require(self.batch_size % self.micro_batch_size == 0, "train", rule, self.micro_batch_size)
         if self.chunk is not None:
             check_integer("train", "chunk", self.chunk, 1)
-            for name in ("gradient_checkpointing", "cuda_graph"):
+            # A compiled block saves the state that it then overwrites.
+            for name in ("gradient_checkpointing", "cuda_graph", "compile"):
                 _require(not getattr(self, name), "train", f"{name} must be false with chunk", "true")
         _require(self.chunk is not None or not self.truncate, "train", "truncate must be false without chunk", "true")
         if self.save_minutes is not None:
