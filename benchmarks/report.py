@@ -1,11 +1,10 @@
 """Write what is under benchmarks/results into README.md and pages of docs/, and draw docs/images."""
 
-import json
 from pathlib import Path
 
-from ssmscan.bench import pages, plot, scaling
+from ssmscan.bench import figures, pages, plot, scaling
 from ssmscan.bench.compare import headlines, machine_of, pairs, read_others
-from ssmscan.bench.result import read_all
+from ssmscan.bench.result import read_all, read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     recorded, images = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
     results, others = read_all(recorded), read_others(recorded)
-    models = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in recorded.glob("*/models.json")}
-    shared = scaling.read(recorded)
+    models, drawn = read_rows(recorded, "models"), read_rows(recorded, "figures")
+    shared = read_rows(recorded, "distributed")
     for name, content in (
         ("README.md", pages.short(results, others)),
-        ("docs/benchmarks.md", pages.full(results, others, models)),
+        ("docs/benchmarks.md", pages.full(results, others, models, drawn)),
         ("docs/scaling.md", scaling.page(shared)),
     ):
         page = ROOT / name
@@ -26,6 +25,10 @@ def main() -> None:
         plot.over_length(result, images / f"{result.op}-{result.gpu}.png")
     for machine, rows in shared.items():
         scaling.picture(machine, rows, images / f"scaling-{machine}.png")
+    for gpu, rows in drawn.items():
+        figures.draw_all(rows, gpu, images)
+    for gpu, rows in read_rows(recorded, "transformers").items():
+        plot.speedups(rows, gpu, images / f"patched-{gpu}.png")
     gpu = machine_of(results, others)
     found = headlines(pairs([result for result in results if result.gpu == gpu], others.get(gpu, ())))
     plot.over_floor(found, gpu, images / f"headlines-{gpu}.png")

@@ -1,7 +1,7 @@
-"""``python -m ssmscan``: the command, as torchrun starts it."""
+"""The command as a module: ``python -m ssmscan``."""
 
 import sys
 
-from ssmscan import cli
+from ssmscan.cli import main
 
-sys.exit(cli.main())
+sys.exit(main())

@@ -1,11 +1,11 @@
 """The table and the picture of what several GPUs recorded, from rows made by hand, and those in the tree."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ssmscan.bench import pages, scaling
+from ssmscan.bench.result import read_rows
 
 ROOT = Path(__file__).parents[2]
 SOURCE = {"commit": "abc", "torch": "2.11.0", "date": "2026-01-02T03:04:05+00:00"}
@@ -57,12 +57,8 @@ def test_page():
     assert text.endswith("![Several GPUs of h100x4](images/scaling-h100x4.png)")
 
 
-def test_read(tmp_path):
-    assert scaling.read(tmp_path) == {}
+def test_of_nothing():
     assert scaling.page({}) == ""
-    (tmp_path / "h100x4").mkdir()
-    (tmp_path / "h100x4" / "distributed.json").write_text(json.dumps(ROWS), encoding="utf-8")
-    assert scaling.read(tmp_path) == {"h100x4": ROWS}
 
 
 def test_picture(tmp_path):
@@ -74,5 +70,5 @@ def test_picture(tmp_path):
 
 def test_the_page_shows_what_is_recorded():
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    content = scaling.page(scaling.read(ROOT / "benchmarks" / "results"))
+    content = scaling.page(read_rows(ROOT / "benchmarks" / "results", "distributed"))
     assert pages.insert(text, content) == text, "run benchmarks/report.py"

@@ -273,6 +273,18 @@ def _die_at_the_fourth_step():
     Step.__call__ = killed
 
 
+def _be_told_to_end_at_the_third_step():
+    steps, call = [], Step.__call__
+
+    def told(*arguments):
+        steps.append(None)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(*arguments)
+
+    Step.__call__ = told
+
+
 def _spoil_the_third_loss():
     calls, forward = [], SSMForCausalLM.forward
 
@@ -301,6 +313,15 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     assert line.endswith(f"Continue with torchrun … -m ssmscan train --resume {out}.")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
     assert train(replace(SMALL, out=str(out)), resume=True).steps == 6
+
+
+def test_a_process_that_is_told_to_end_ends_all(tmp_path):
+    """After a checkpoint of the same step."""
+    ended, told = _start(2, tmp_path, _command, _free_port(), _be_told_to_end_at_the_third_step)
+    assert ended == [cli.TERMINATED] * 2, told
+    assert all("train: terminated, after a checkpoint." in text for text in told)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step_00000002", "step_00000003"]
 
 
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):

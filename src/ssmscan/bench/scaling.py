@@ -1,6 +1,5 @@
 """What several GPUs recorded, as a table and a picture: what each does beside what one does alone."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,6 @@ from ssmscan.bench.plot import thousands
 Row = Mapping[str, Any]
 
 HEADER = ("what", "mesh", "GPUs", "tokens", "chunk", "time", "tokens/s", "per GPU, of one", "memory", "sent")
-
-
-def read(folder: Path) -> dict[str, list[Row]]:
-    """The rows of each machine with several GPUs, ``h100x4`` for example."""
-    paths = sorted(folder.glob("*/distributed.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def page(machines: Mapping[str, Sequence[Row]]) -> str:

@@ -2,7 +2,7 @@
 
 from ssmscan.training.chunks import chunked_backward
 from ssmscan.training.config import MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from ssmscan.training.errors import RunError, UsageError
+from ssmscan.training.errors import RunError, Terminated, UsageError
 from ssmscan.training.loop import Metrics, train
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunError",
+    "Terminated",
     "TrainConfig",
     "UsageError",
     "chunked_backward",

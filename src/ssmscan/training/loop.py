@@ -20,13 +20,14 @@ from ssmscan.training.batches import batches
 from ssmscan.training.chunks import check_carries
 from ssmscan.training.clock import Clock, flops_per_token
 from ssmscan.training.config import Target, TrainConfig
-from ssmscan.training.errors import RunError, UsageError
+from ssmscan.training.errors import RunError, Terminated, UsageError
 from ssmscan.training.evaluation import evaluate, means, scored
 from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.ranks import Ranks, joined
 from ssmscan.training.report import Log, Report, plot
 from ssmscan.training.step import Step, autocast, product_dtype
+from ssmscan.training.termination import termination
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
         RunError: the loss or its gradient is not finite (the update is not made), the target was not reached, or
             another process is gone.
+        Terminated: SIGTERM has come. A checkpoint of the last step was written, and the run can be continued.
         OSError: a file could not be written. It is named, and the run can be continued.
 
     Example:
@@ -89,7 +91,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
         # The others come once the folder is claimed.
         ranks.meet()
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
-        with Report(folder, config, step) if ranks.first else Log(folder, step) as report:
+        report = Report(folder, config, step) if ranks.first else Log(folder, step)
+        with report, termination() as terminated:
             clock = Clock(config, flops, device, seconds, ranks.count)
             last, late = report.newest("eval"), Late()
             for batch in batches(config, step):
@@ -97,7 +100,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
                 step += 1
                 clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
-                saves = step % config.save_every == 0 or _save_is_due(clock, config, ranks)
+                due, ends = ranks.either(clock.save_is_due(), terminated())
+                saves = step % config.save_every == 0 or due or ends
                 for read, numbers in late.take(everything=evaluates or saves):
                     loss, norm, halted = numbers.tolist()
                     if halted:
@@ -119,6 +123,8 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
                     with clock.paused():
                         checkpoint.save(folder / "checkpoints", step, update, task, clock.seconds(), config.keep)
                         clock.saved()
+                if ends:
+                    raise Terminated
 
             if last is None or last["step"] != step:
                 last = report.evaluation(step, evaluate(model, config, ranks), clock.seconds())
@@ -147,11 +153,6 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
             f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
-
-
-def _save_is_due(clock: Clock, config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether it is time for a checkpoint, by the clock of the first process."""
-    return config.save_minutes is not None and bool(ranks.told(clock.save_is_due()))
 
 
 def _leave(

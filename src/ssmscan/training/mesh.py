@@ -82,6 +82,11 @@ class MeshRanks(Ranks):
         dist.broadcast(message, src=0)
         return int(message)
 
+    def either(self, *flags: bool) -> tuple[bool, ...]:
+        together = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in together)
+
     def meet(self) -> None:
         self.told(0)
 

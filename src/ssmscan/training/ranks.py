@@ -62,6 +62,10 @@ class Ranks:
         """The number that the first process has."""
         return number
 
+    def either(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag as true where it is in any process."""
+        return flags
+
     def meet(self) -> None:
         """Wait for the others."""
 
