@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import start
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from ssmscan.distributed import full_state_dict, parallelize
 from ssmscan.layers import S4D, Attention, GatedSSM, decay_groups
@@ -74,6 +75,7 @@ def _worker(rank, ranks, folder):
             _repeats,
             _recomputes,
             _gathers_narrow,
+            _averages,
             _reads_a_prompt,
             _keeps_the_weights,
             _refuses_what_does_not_divide,
@@ -134,6 +136,18 @@ def _gathers_narrow(meshes):
         found = gradients[1][name]
         assert found.dtype is torch.float32
         assert torch.allclose(found, expected, rtol=0, atol=0.06 * expected.abs().max().item()), name
+
+
+def _averages(meshes):
+    """Plain DDP: the mean of the ranks' gradients is that of the batch, where they have as many tokens each."""
+    tokens = torch.randint(0, 12, (4, cases.L), generator=torch.Generator().manual_seed(1))
+    alone, model = (cases.build_model(cases.MIXERS) for _ in range(2))
+    alone(tokens, labels=tokens, return_logits=False).loss.backward()
+    own = tokens.tensor_split(2)[dist.get_rank()]
+    wrapped = DistributedDataParallel(model)
+    wrapped(own, labels=own, return_logits=False).loss.backward()
+    for expected, found in zip(alone.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
