@@ -91,7 +91,8 @@ def test_the_written_config_is_the_run(whole):
     folder, _ = whole
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written["optim"]["betas"] == [0.9, 0.95]
-    assert written["task"] == {"name": "selective_copying", "symbols": 3, "data_tokens": 2, "length": 5}
+    sizes = {"symbols": 3, "data_tokens": 2, "length": 5, "shortest": None}
+    assert written["task"] == {"name": "selective_copying", **sizes}
     assert written["out"] == str(folder)
 
 
