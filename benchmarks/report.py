@@ -1,8 +1,8 @@
-"""Write what is under benchmarks/results into README.md and docs/benchmarks.md, and draw docs/images."""
+"""Write what is under benchmarks/results into README.md and pages of docs/, and draw docs/images."""
 
 from pathlib import Path
 
-from ssmscan.bench import figures, pages, plot
+from ssmscan.bench import figures, pages, plot, scaling
 from ssmscan.bench.compare import headlines, machine_of, pairs, read_others
 from ssmscan.bench.result import read_all, read_rows
 
@@ -13,14 +13,18 @@ def main() -> None:
     recorded, images = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
     results, others = read_all(recorded), read_others(recorded)
     models, drawn = read_rows(recorded, "models"), read_rows(recorded, "figures")
+    shared = read_rows(recorded, "distributed")
     for name, content in (
         ("README.md", pages.short(results, others)),
         ("docs/benchmarks.md", pages.full(results, others, models, drawn)),
+        ("docs/scaling.md", scaling.page(shared)),
     ):
         page = ROOT / name
         page.write_text(pages.insert(page.read_text(encoding="utf-8"), content), encoding="utf-8")
     for result in results:
         plot.over_length(result, images / f"{result.op}-{result.gpu}.png")
+    for machine, rows in shared.items():
+        scaling.picture(machine, rows, images / f"scaling-{machine}.png")
     for gpu, rows in drawn.items():
         figures.draw_all(rows, gpu, images)
     for gpu, rows in read_rows(recorded, "transformers").items():

@@ -266,9 +266,18 @@ def test_a_failed_run(here, capsys):
         ("train --config wrong_value.yaml", "steps must be int, got many"),
         ("train --config wrong_yaml.yaml", "train: --config must be YAML, got wrong_yaml.yaml: while parsing"),
         ("train --resume absent", "train: --resume must name a run's folder, got absent"),
-        ("train --resume absent --steps 3", "train: --resume must be the only option, got --steps."),
-        ("train --resume absent --steps 2000", "train: --resume must be the only option, got --steps."),
-        ("train --optim.lr 2e-3 --resume=absent", "train: --resume must be the only option, got --optim.lr."),
+        (
+            "train --resume absent --steps 3",
+            "train: --resume must be the only option, or come with --mesh, got --steps.",
+        ),
+        (
+            "train --resume absent --steps 2000",
+            "train: --resume must be the only option, or come with --mesh, got --steps.",
+        ),
+        (
+            "train --optim.lr 2e-3 --resume=absent",
+            "train: --resume must be the only option, or come with --mesh, got --optim.lr.",
+        ),
         ("train --res absent", "unrecognized arguments: --res"),
         ("train --out tiny.yaml", "train: out must be a folder, got the file tiny.yaml"),
         ("train --out .", "train: out must be an empty folder or a run's"),

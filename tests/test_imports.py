@@ -12,7 +12,7 @@ import ssmscan
 ROOT = Path(ssmscan.__file__).parent
 # Each row imports from itself and from those after it.
 ROWS = (
-    ("cli",),
+    ("__main__", "cli"),
     ("training", "tasks", "generation", "distributed"),
     ("models",),
     ("layers",),

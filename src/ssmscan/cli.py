@@ -115,9 +115,12 @@ def _run(arguments: list[str]) -> int:
 
 def _train(config: TrainConfig, resume: bool) -> int:
     from ssmscan.training import RunError, Terminated, UsageError, train
+    from ssmscan.training.ranks import is_first
 
     try:
         metrics = train(config, resume)
+        if not is_first():
+            return 0
         measured = _told(metrics.evaluation)
         if metrics.examination:
             measured += f"; examined: {_told(metrics.examination)}"

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start
 
 import ssmscan
 from ssmscan.distributed import context_parallel
@@ -89,7 +89,7 @@ def _worker(rank, ranks, folder):
 def ran(request, tmp_path_factory):
     """The results of all ranks: one start of processes for all rows."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (request.param, str(folder)), request.param)
+    start(_worker, request.param, folder)
     results = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
     rows = [(*row, lengths) for row in _rows() for lengths in SHARDS[request.param]]
     return list(zip(rows, zip(*results, strict=True), strict=True))
@@ -139,3 +139,8 @@ def test_refusals(alone):
             context_parallel(ssmscan.linear_scan, x, x, cu_seqlens=bounds)
     with pytest.raises(ValueError, match="linear_scan: "):
         context_parallel(ssmscan.linear_scan, x, x[:, :2])
+    A, B = -torch.ones(2, 1), torch.ones(1, 3, 1)
+    with pytest.raises(ValueError, match="selective_scan: dt must have shape"):
+        context_parallel(ssmscan.selective_scan, x, x[:, :2], A, B, B)
+    with pytest.raises(ValueError, match="ssd: dt must have shape"):
+        context_parallel(ssmscan.ssd, x[..., None], x[:, :2], A[:, 0], B[..., None], B[..., None])

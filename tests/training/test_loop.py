@@ -91,7 +91,8 @@ def test_the_written_config_is_the_run(whole):
     folder, _ = whole
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written["optim"]["betas"] == [0.9, 0.95]
-    assert written["task"] == {"name": "selective_copying", "symbols": 3, "data_tokens": 2, "length": 5}
+    sizes = {"symbols": 3, "data_tokens": 2, "length": 5, "shortest": None}
+    assert written["task"] == {"name": "selective_copying", **sizes}
     assert written["out"] == str(folder)
 
 
@@ -100,7 +101,7 @@ def test_killed_while_saving_and_resumed(whole, tmp_path):
     driver = f"""
 import os, signal
 from ssmscan.tasks import SelectiveCopying
-from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, checkpoint, train
+from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, checkpoint, train
 
 write = checkpoint._write_manifest
 

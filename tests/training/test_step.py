@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmscan.tasks import IGNORE, SelectiveCopying
-from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, loop
+from ssmscan.training import ModelConfig, OptimConfig, TrainConfig, UsageError, loop
 from ssmscan.training.optim import make_optimizer
 from ssmscan.training.step import Step
 
@@ -103,6 +103,42 @@ def test_a_batch_that_asks_for_nothing():
     update = Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
     batch = config.task.batch(4, 0, 0, "train")
     assert update(batch._replace(targets=torch.full_like(batch.targets, IGNORE)), 1e-3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"chunk": 7}, {"chunk": 7, "micro_batch_size": 2}])
+def test_a_step_in_chunks(options):
+    """Makes the update of the step that it divides."""
+    numbers, weights = [], []
+    for config in (SMALL, replace(SMALL, **options)):
+        config, model = loop._prepare(replace(config, device="cpu"))
+        update = Step(model.train(), make_optimizer(model, config.optim), config, torch.device("cpu"))
+        numbers.append([update(config.task.batch(4, 0, i, "train"), 1e-3) for i in range(3)])
+        weights.append(list(model.parameters()))
+    torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
+    # Adam divides tiny gradients by their size.
+    for one, other in zip(*weights, strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"chunk": 8, "cuda_graph": True}, "cuda_graph must be false with chunk"),
+        ({"chunk": 8, "compile": True}, "compile must be false with chunk"),
+        ({"chunk": 8, "gradient_checkpointing": True}, "gradient_checkpointing must be false with chunk"),
+        ({"truncate": True}, "truncate must be false without chunk"),
+    ],
+)
+def test_refused_chunks(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **options)
+
+
+def test_a_model_that_cannot_carry_a_state_is_refused():
+    model = ModelConfig(mixers="hydra", layers=2, hidden_size=32, mixer_options={"hydra": {"headdim": 16}})
+    with pytest.raises(UsageError, match="not causal"):
+        loop._prepare(replace(SMALL, model=model, chunk=8))
 
 
 def test_recomputing_reads_no_random_state(monkeypatch):

@@ -110,7 +110,7 @@ _STEPS = {
 }
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], align: str) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], align: str) -> str:
     """A table; ``align`` has one letter for each column, "l" or "r"."""
     rule = ["---:" if side == "r" else "---" for side in align]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
@@ -133,7 +133,7 @@ def _operations(results: Sequence[Result]) -> str:
         if row.variant != SWEEP
     ]
     header = ("operation", "shape", "dtype", "direction", "time", "floor", "time / floor", "memory")
-    return _table(header, lines, "llllrrrr")
+    return table(header, lines, "llllrrrr")
 
 
 def _operation(row: Row, result: Result) -> str:
@@ -155,7 +155,7 @@ def _comparison(found: Sequence[Pair], others: bool) -> str:
         for pair in found
     ]
     if not others:
-        return _table(header, lines, "llrrr")
+        return table(header, lines, "llrrr")
     header = (*header, "× as fast as the best public kernel", "which")
     best = [
         (_both(f"{pair.speedup(direction):.2f}" for direction in DIRECTIONS), pair.best["fwd"].name)
@@ -163,7 +163,7 @@ def _comparison(found: Sequence[Pair], others: bool) -> str:
         else ("–", "–")
         for pair in found
     ]
-    return _table(header, [(*line, *other) for line, other in zip(lines, best, strict=True)], "llrrrrl")
+    return table(header, [(*line, *other) for line, other in zip(lines, best, strict=True)], "llrrrrl")
 
 
 def _both(numbers: Iterable[str]) -> str:
@@ -192,7 +192,7 @@ def _host(results: Sequence[Result]) -> str:
                 _both(f"{us[name] / us[f'sdpa {name}']:.1f}" for name in DIRECTIONS),
             )
         )
-    return _table(("operation", *NAMES.values(), "attention", "both ways", "× attention"), lines, "lrrrrr")
+    return table(("operation", *NAMES.values(), "attention", "both ways", "× attention"), lines, "lrrrrr")
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -209,7 +209,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["direction"] in _STEPS
     ]
     header = ("model", "what", "batch × length", "mode", "tokens/s", "step", "host", "memory", "measured")
-    return _table(header, lines, "llllrrrrl")
+    return table(header, lines, "llllrrrrl")
 
 
 def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -226,7 +226,7 @@ def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
     header = (
         "model", "batch", "prompt + new", "tokens/s", "with the prompt", "step", "host", "prompt", "memory", "measured"
     )  # fmt: skip
-    return _table(header, lines, "lrrrrrrrrl")
+    return table(header, lines, "lrrrrrrrrl")
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:

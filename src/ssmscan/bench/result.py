@@ -17,8 +17,9 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
-# Files beside those of the operations: of whole models, the papers' figures, transformers' models, other libraries.
-BESIDE = ("models", "figures", "others", "transformers")
+# Files beside those of the operations: of several GPUs, whole models, the papers' figures, transformers' models, other
+# libraries.
+BESIDE = ("distributed", "models", "figures", "others", "transformers")
 
 
 @dataclass(frozen=True)

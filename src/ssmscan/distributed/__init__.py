@@ -1,5 +1,7 @@
-"""Sequences split over processes, on torch.distributed."""
+"""Sequences and models split over processes, on torch.distributed."""
 
 from ssmscan.distributed.context import context_parallel
+from ssmscan.distributed.gathering import full_state_dict
+from ssmscan.distributed.parallelize import parallelize
 
-__all__ = ["context_parallel"]
+__all__ = ["context_parallel", "full_state_dict", "parallelize"]

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
 from ssmscan.distributed.handover import handover, with_backward_of
-from ssmscan.shapes import INDEX, error
+from ssmscan.distributed.scan import Stretch, scan
+from ssmscan.ops.recurrence import decay_rates
+from ssmscan.shapes import INDEX, error, state_dtype
 
 OPERATIONS = (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
 
@@ -61,8 +63,10 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     if op not in OPERATIONS:
         known = ", ".join(one.__name__ for one in OPERATIONS)
         raise NotImplementedError(error("context_parallel", f"op must be one of {known}", getattr(op, "__name__", op)))
-    bound = inspect.signature(op).bind(*args, **kwargs)
-    given = bound.arguments
+    bound = inspect.signature(op).bind(*args, **kwargs).arguments
+    given = {name: value for name, value in bound.items() if value is not None}
+    if given.pop("A_is_log", False):
+        given["A"] = decay_rates(given["A"], True, torch.promote_types(given["A"].dtype, torch.float32))
     if op is ssd_bidirectional:
         return _bidirectional(group, **given)
     _check_supported(op, given)
@@ -72,7 +76,7 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     first = rank == order[0]
     unscaled = op is rg_lru and not given.get("scale_first", True) and h0 is None
     if given.get("cu_seqlens") is not None or unscaled:
-        lengths = _lengths(x.shape[1], x.device, group)
+        lengths = lengths_of(x.shape[1], x.device, group)
         # Behind ranks without tokens a sequence begins at this one.
         first = first or (unscaled and not any(lengths[before] for before in order[: order.index(rank)]))
         if not unscaled:
@@ -80,27 +84,9 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
 
     if op is rg_lru:
         given["scale_first"] = not (unscaled and first)
-
-    def run(**changes: Any) -> tuple[Tensor, Tensor]:
-        return op(**(bound.arguments | changes))
-
-    # Where the scan begins the state that enters is known, so it is in s.
-    y, s = run(h0=h0 if first else None)
-    if x.shape[1] == 0:
-        # Of no tokens an operation may make results without a derivative, and the backward has a collective.
-        for tensor in given.values():
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                s = with_backward_of(s, tensor)
     if op is causal_conv1d:
-        entering, leaving = _window(given, s, group, reverse)
-    else:
-        silent = {key: None for key in ("D", "z") if given.get(key) is not None}
-        _, decays = run(x=torch.zeros_like(x), h0=torch.ones_like(s), **silent)
-        entering, leaving = handover(_recurrence, group, reverse, decays, s)
-    if not first:
-        y, _ = run(h0=entering)
-    # The first rank has no use for what enters, and one without tokens none for anything.
-    return with_backward_of(y, entering), leaving
+        return _convolve(given, h0 if first else None, first, group, reverse)
+    return scan(Stretch(op, given, group, reverse), first, h0)
 
 
 def _bidirectional(
@@ -136,12 +122,23 @@ def _bidirectional(
     return (total if z is None else total * F.silu(z.to(wide.dtype))).to(x.dtype)
 
 
-def _recurrence(decays: Tensor, s: Tensor) -> Tensor:
-    """The states between the ranks, (ranks + 1, ...); nothing enters the first."""
-    states = [torch.zeros_like(s[0]), s[0]]
-    for rank in range(1, len(s)):
-        states.append(decays[rank] * states[-1] + s[rank])
-    return torch.stack(states)
+def _convolve(
+    given: dict[str, Any], h0: Tensor | None, first: bool, group: dist.ProcessGroup, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """A convolution, whose state is the inputs before this rank's."""
+    x, weight = given["x"], given["weight"]
+    if given.get("cu_seqlens") is None:
+        kept = weight.shape[1] - 1
+        dtype = state_dtype(x, weight, given.get("bias"), h0)
+        before = x.new_zeros(x.shape[0], kept, x.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
+        nearest = x[:, :kept].flip(1) if reverse else x[:, max(x.shape[1] - kept, 0) :]
+        last = torch.cat([before, nearest.to(dtype)], 1)[:, -kept:]
+    else:
+        _, last = causal_conv1d(**given, h0=h0)
+    entering, leaving = _window(given, last, group, reverse)
+    y, _ = causal_conv1d(**given, h0=h0 if first else entering)
+    # The first rank has no use for what enters, and one without tokens none for anything.
+    return with_backward_of(y, entering), leaving
 
 
 def _window(given: dict[str, Any], last: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -168,7 +165,7 @@ def _window(given: dict[str, Any], last: Tensor, group: dist.ProcessGroup, rever
     return handover(compose, group, reverse, new, last)
 
 
-def _lengths(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """How many tokens each rank has."""
     own = torch.tensor([length], device=device)
     received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]

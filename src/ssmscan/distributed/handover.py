@@ -28,23 +28,23 @@ class _Handover(torch.autograd.Function):
         ctx: Any, compose: Compose, group: dist.ProcessGroup, reverse: bool, *parts: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.compose, ctx.group, ctx.reverse = compose, group, reverse
-        gathered = _gather(group, reverse, *parts)
+        gathered = gather(group, reverse, *parts)
         ctx.save_for_backward(*gathered)
         states = compose(*gathered)
-        return states[_place(group, reverse)].clone(), states[-1].clone()
+        return states[place(group, reverse)].clone(), states[-1].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, entering: Tensor, leaving: Tensor) -> tuple[Tensor | None, ...]:
         # Every rank's gradients of all states, of which the last is each rank's own copy.
-        enterings, leavings = _gather(ctx.group, ctx.reverse, entering, leaving)
+        enterings, leavings = gather(ctx.group, ctx.reverse, entering, leaving)
         with torch.enable_grad():
             parts = [part.detach().requires_grad_() for part in ctx.saved_tensors]
             states = ctx.compose(*parts)
         gradient = torch.cat([enterings, leavings.sum(0, keepdim=True)])
         gradients = torch.autograd.grad(states, parts, gradient, allow_unused=True, materialize_grads=True)
-        place = _place(ctx.group, ctx.reverse)
-        return None, None, None, *(gradient[place] for gradient in gradients)
+        own = place(ctx.group, ctx.reverse)
+        return None, None, None, *(gradient[own] for gradient in gradients)
 
 
 def with_backward_of(y: Tensor, other: Tensor) -> Tensor:
@@ -63,13 +63,13 @@ class _Along(torch.autograd.Function):
         return dy, torch.zeros_like(ctx.saved_tensors[0])
 
 
-def _place(group: dist.ProcessGroup, reverse: bool) -> int:
+def place(group: dist.ProcessGroup, reverse: bool) -> int:
     """This rank's place in the order of the scan."""
     rank = dist.get_rank(group)
     return dist.get_world_size(group) - 1 - rank if reverse else rank
 
 
-def _gather(group: dist.ProcessGroup, reverse: bool, *parts: Tensor) -> list[Tensor]:
+def gather(group: dist.ProcessGroup, reverse: bool, *parts: Tensor) -> list[Tensor]:
     """Each part of all ranks, (ranks, ...), in scan order: one collective for all parts."""
     flat = torch.cat([_real(part).flatten() for part in parts])
     ranks = dist.get_world_size(group)

@@ -154,23 +154,28 @@ class Attention(Mixer):
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
         x = self.enter(x, state, cu_seqlens, mask)
-        sequence, position, poison = _places(x, cu_seqlens, mask)
+        # Keys, values and places are those of the whole sequence, queries those of the tokens here.
+        before, total = self.context.extent(x.shape[1], x.device)
+        here = slice(before, before + x.shape[1])
+        every = None if mask is None else self.context.gather(mask.to(torch.uint8)).bool()
+        sequence, position, poison = _places(x, total, cu_seqlens, every)
         if state is not None:
             position = position + state.length[sequence]
-            _check_length(position, mask, state)
+            _check_length(position, every, state)
         qkv = self.in_proj(x)
         if self.conv1d is not None:
             qkv = self.conv1d(qkv, None if state is None else state.conv, cu_seqlens, mask)
         heads, groups = self.num_heads, self.num_heads_kv
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], -2)
-        q, k = self._rotate(qk, position).split([heads, groups], -2)
+        q, k = self._rotate(qk, position[:, here]).split([heads, groups], -2)
+        k, v = self.context.gather(k), self.context.gather(v)
         if state is None and cu_seqlens is not None and self._flash(q):
             y = self._attend_packed(q, k, v, cu_seqlens)
         elif state is None:
-            y = self._attend(q, k, v, self._visible(sequence, position, cu_seqlens, mask))
+            y = self._attend(q, k, v, self._visible(sequence, position, here, cu_seqlens, every))
         else:
-            y = self._continue(q, k, v, state, sequence, position, cu_seqlens, mask)
-        return self.out_proj(y.flatten(-2) if poison is None else y.flatten(-2) + poison)
+            y = self._continue(q, k, v, state, sequence, position, here, cu_seqlens, every)
+        return self.out_proj(y.flatten(-2) if poison is None else y.flatten(-2) + poison[:, here])
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Turn channel i with channel i + r/2 of each head, where r is ``rotary_emb_dim``."""
@@ -184,21 +189,21 @@ class Attention(Mixer):
         return torch.cat([turned.to(x.dtype), x[..., r:]], -1)
 
     def _visible(
-        self, sequence: Tensor, position: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None
+        self, sequence: Tensor, position: Tensor, here: slice, cu_seqlens: Tensor | None, mask: Tensor | None
     ) -> Tensor | None:
-        """Which tokens each token sees among those given, (b, l, l); None is all, or all before it."""
-        if self.window is None and cu_seqlens is None and mask is None:
+        """Which tokens of the sequence each token here sees, (b, l, total); None is all, or all before it."""
+        if self.window is None and cu_seqlens is None and mask is None and not self.context.split:
             return None
-        distance = position.unsqueeze(2) - position.unsqueeze(1)
+        distance = position[:, here].unsqueeze(2) - position.unsqueeze(1)
         visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
             visible = visible & (distance.abs() < self.window)
         if cu_seqlens is not None:
-            visible = visible & (sequence.unsqueeze(2) == sequence.unsqueeze(1))
+            visible = visible & (sequence[:, here].unsqueeze(2) == sequence.unsqueeze(1))
         if mask is not None:
             # Padding sees itself, for a softmax of nothing is not a number.
-            itself = torch.eye(mask.shape[1], device=mask.device, dtype=torch.bool)
-            visible = (visible & mask.bool().unsqueeze(1)) | itself
+            itself = torch.eye(mask.shape[1], device=mask.device, dtype=torch.bool)[here]
+            visible = (visible & mask.unsqueeze(1)) | itself
         return visible
 
     def _continue(
@@ -209,6 +214,7 @@ class Attention(Mixer):
         state: AttentionState,
         sequence: Tensor,
         position: Tensor,
+        here: slice,
         cu_seqlens: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
@@ -217,23 +223,23 @@ class Attention(Mixer):
         spare = places - 1
         place = position.clamp(0, spare)
         if mask is not None:
-            place = torch.where(mask.bool(), place, spare)
+            place = torch.where(mask, place, spare)
         keys = write(state.keys, (sequence, place), k)
         values = write(state.values, (sequence, place), v)
         if cu_seqlens is not None:
             state.length.add_(cu_seqlens.diff())
         else:
-            state.length.add_(q.shape[1] if mask is None else mask.bool().sum(1))
+            state.length.add_(k.shape[1] if mask is None else mask.sum(1))
         at = torch.arange(places, device=position.device)
-        end = position.unsqueeze(2)
+        end = position[:, here].unsqueeze(2)
         visible = at <= end if self.window is None else (at <= end) & (at > end - self.window)
         if cu_seqlens is not None:
             # One row of queries meets the keys of all sequences.
-            own = sequence.unsqueeze(2) == torch.arange(rows, device=position.device)
+            own = sequence[:, here].unsqueeze(2) == torch.arange(rows, device=position.device)
             visible = (own.unsqueeze(3) & visible.unsqueeze(2)).flatten(2)
             keys, values = (memory.flatten(0, 1).unsqueeze(0) for memory in (keys, values))
         y = self._attend(q, keys, values, visible)
-        return y.masked_fill((position >= spare)[..., None, None], torch.nan)
+        return y.masked_fill((position[:, here] >= spare)[..., None, None], torch.nan)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """The values that each query sees, weighted: (b, l, h, p) from q (b, l, h, p) and k and v (b, j, g, p)."""
@@ -250,9 +256,8 @@ class Attention(Mixer):
 
     def _flash(self, q: Tensor) -> bool:
         """Whether PyTorch has a kernel for packed sequences of such queries, which needs no (l, l) mask."""
-        return (
-            q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 256
-        )
+        fits = q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 256
+        return q.is_cuda and fits and not self.context.split
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -277,19 +282,21 @@ def _check_length(position: Tensor, mask: Tensor | None, state: AttentionState) 
     if not position.is_cpu or torch.compiler.is_compiling():
         return
     longest = state.keys.shape[1] - 1
-    beyond = position >= longest if mask is None else (position >= longest) & mask.bool()
+    beyond = position >= longest if mask is None else (position >= longest) & mask
     if beyond.any():
         rule = f"a sequence must have at most max_length = {longest} tokens"
         raise ValueError(error("Attention", rule, int(position[beyond].max()) + 1, "Make a longer state."))
 
 
-def _places(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each token's sequence and its place in it, which broadcast to (b, l), and what bad bounds turn outputs into."""
-    b, l = x.shape[:2]
-    token = torch.arange(l, device=x.device)
+def _places(
+    x: Tensor, total: int, cu_seqlens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of all tokens the sequence and the place in it, (b, total) if broadcast; what bad bounds turn outputs into."""
+    b = x.shape[0]
+    token = torch.arange(total, device=x.device)
     if cu_seqlens is not None:
         # A scan of zeros refuses bad bounds, and is NaN for those that could not be read.
-        nothing = x.new_zeros(b, l, 1)
+        nothing = x.new_zeros(b, total, 1)
         poison, _ = linear_scan(nothing, nothing, cu_seqlens=cu_seqlens)
         last = max(cu_seqlens.shape[0] - 2, 0)
         sequence = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True).clamp(max=last)
@@ -297,4 +304,4 @@ def _places(x: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[
     sequence = torch.arange(b, device=x.device).unsqueeze(1)
     if mask is None:
         return sequence, token.unsqueeze(0), None
-    return sequence, (mask.bool().cumsum(1) - 1).clamp(min=0), None
+    return sequence, (mask.cumsum(1) - 1).clamp(min=0), None

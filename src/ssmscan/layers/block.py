@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmscan.layers.mixer import Mixer
+from ssmscan.layers.state import Held
 from ssmscan.shapes import error
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, " s+1"] | None = None,
         mask: Bool[Tensor, "b l"] | None = None,
     ) -> Float[Tensor, "b l m"]:
+        if isinstance(state, Held):
+            state = state.state
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x + self.mixer(self.norm(x), state, cu_seqlens, mask)

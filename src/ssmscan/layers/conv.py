@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmscan.layers.context import Context
 from ssmscan.layers.mixer import Kept, hide
 from ssmscan.layers.state import advance
 from ssmscan.ops import causal_conv1d, causal_conv1d_step
@@ -34,6 +35,8 @@ class ShortConv(nn.Conv1d):
 
     The forward takes x, (b, l, d), a state (b, w - 1, d) or None, cu_seqlens and mask, and returns (b, l, d).
     """
+
+    context = Context()
 
     def __init__(
         self,
@@ -69,17 +72,17 @@ class ShortConv(nn.Conv1d):
 
     def _past(self, x: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         fixed = {"weight": self.weight.squeeze(1), "bias": self.bias, "activation": self.activation}
-        return advance(causal_conv1d, causal_conv1d_step, h, cu_seqlens, {"x": x}, **fixed)
+        return advance(self.context, causal_conv1d, causal_conv1d_step, h, cu_seqlens, {"x": x}, **fixed)
 
     def _both_sides(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """The past and the present by one causal convolution, what comes after by one from right to left."""
         weight = self.weight.squeeze(1)
         before = weight.shape[1] // 2 + 1
-        y, _ = causal_conv1d(x, weight[:, :before], self.bias, cu_seqlens=cu_seqlens)
+        y, _ = self.context.run(causal_conv1d, x, weight[:, :before], self.bias, cu_seqlens=cu_seqlens)
         if before < weight.shape[1]:
             # From right to left the present comes last, and has been taken.
             after = F.pad(weight[:, before:].flip(1), (0, 1))
-            y = y + causal_conv1d(x, after, reverse=True, cu_seqlens=cu_seqlens)[0]
+            y = y + self.context.run(causal_conv1d, x, after, reverse=True, cu_seqlens=cu_seqlens)[0]
         return F.silu(y) if self.activation == "silu" else y
 
     def extra_repr(self) -> str:

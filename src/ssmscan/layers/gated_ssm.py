@@ -119,7 +119,7 @@ class GatedSSM(Mixer):
             "log_a": F.logsigmoid(r + self.decay_bias),
         }
         scan = None if state is None else state.scan
-        return self.out_proj(advance(linear_scan, linear_scan_step, scan, cu_seqlens, tokens))
+        return self.out_proj(advance(self.context, linear_scan, linear_scan_step, scan, cu_seqlens, tokens))
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_inner={self.d_inner}, memory={self.memory}"

@@ -111,7 +111,8 @@ class Hydra(Mamba2):
         B, C = self._pair(pair)
         B_rev, C_rev = self._pair(pair_rev)
         heads = u.unflatten(-1, (self.nheads, self.headdim))
-        y = ssd_bidirectional(
+        y = self.context.run(
+            ssd_bidirectional,
             heads,
             dt,
             self.A_log,

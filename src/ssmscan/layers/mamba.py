@@ -169,7 +169,8 @@ class Mamba(Mixer):
             dt, dt_bias = self.dt_proj(dt), None
         tokens = {"x": u, "dt": dt, "B": B, "C": C, "z": z}
         fixed = {"A": self.A_log, "A_is_log": True, "D": self.D, "dt_bias": dt_bias, "dt_softplus": True}
-        return self.out_proj(advance(selective_scan, selective_scan_step, scan, cu_seqlens, tokens, **fixed))
+        y = advance(self.context, selective_scan, selective_scan_step, scan, cu_seqlens, tokens, **fixed)
+        return self.out_proj(y)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_inner={self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}"

@@ -177,9 +177,9 @@ class Mamba2(Mixer):
         fixed: dict[str, Any] = {"A": self.A_log, "A_is_log": True, "D": self.D, "dt_bias": self.dt_bias}
         fixed |= {"dt_softplus": True, "dt_limit": self.dt_limit}
         if self.causal:
-            y = advance(ssd, ssd_step, scan, cu_seqlens, tokens, **fixed)
+            y = advance(self.context, ssd, ssd_step, scan, cu_seqlens, tokens, **fixed)
         else:
-            y = ssd_bidirectional(**tokens, **fixed, cu_seqlens=cu_seqlens)
+            y = self.context.run(ssd_bidirectional, **tokens, **fixed, cu_seqlens=cu_seqlens)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _pair(self, pair: Tensor) -> tuple[Tensor, Tensor]:

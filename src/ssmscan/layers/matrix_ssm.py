@@ -127,7 +127,8 @@ class MatrixSSM(Mixer):
         v = v.unflatten(-1, (self.nheads, self.headdim))
         tokens = {"x": (k.unsqueeze(-1) * v.unsqueeze(-2)).flatten(2, 3), "log_a": F.logsigmoid(gate)}
         scan = None if state is None else state.scan
-        H = advance(matrix_scan, matrix_scan_step, scan, cu_seqlens, tokens).unflatten(2, (self.nheads, self.d_state))
+        H = advance(self.context, matrix_scan, matrix_scan_step, scan, cu_seqlens, tokens)
+        H = H.unflatten(2, (self.nheads, self.d_state))
         q = q.unflatten(-1, (self.nheads, 1, self.d_state)) * self.d_state**-0.5
         return self.out_proj(self.norm((q @ H).flatten(-3), z))
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmscan.layers.context import Context
 from ssmscan.layers.parameters import WideParameters
 from ssmscan.layers.state import recomputing
 from ssmscan.shapes import check_rank, check_tensors, error
@@ -22,15 +23,17 @@ class Mixer(WideParameters):
 
     - x: (b, l, m), any floating dtype;
     - state: None (zeros), or what :meth:`init_state` made. It is read first and overwritten with the state after the
-      last token, for a single token as for a chunk of any length. The new state carries no gradient;
+      last token, for a single token as for a chunk of any length. The new state carries no gradient, unless its
+      tensors were computed with one: a copy of a tensor that requires one comes back with the history of the new state;
     - cu_seqlens: bounds of s packed sequences, as in :func:`ssmscan.linear_scan`; the state then has s rows;
     - mask: (b, l), bool or 0 and 1: False marks padding before a sequence. The outputs of the others, and the state,
       are those of the sequence without it; what stands at a padded place has no meaning.
 
-    Subclasses give :meth:`state_layout`, and call :meth:`enter` first.
+    Subclasses give :meth:`state_layout`, call :meth:`enter` first, and reach other tokens through ``context`` alone.
     """
 
     d_model: int
+    context = Context()
 
     def state_layout(self) -> Any:
         """The layer's NamedTuple of states, with a :class:`Kept` in place of each tensor."""

@@ -164,7 +164,7 @@ class RGLRU(Mixer):
         u, g = self.in_proj(x).chunk(2, -1)
         u = self.conv1d(u, conv, cu_seqlens, mask)
         tokens = {"x": u, "input_gate": self.input_gate(u), "recurrence_gate": self.recurrence_gate(u)}
-        y = advance(rg_lru, rg_lru_step, scan, cu_seqlens, tokens, a_param=self.a_param)
+        y = advance(self.context, rg_lru, rg_lru_step, scan, cu_seqlens, tokens, a_param=self.a_param)
         return self.out_proj(F.gelu(g, approximate="tanh") * y)
 
     def extra_repr(self) -> str:

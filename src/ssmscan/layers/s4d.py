@@ -140,7 +140,7 @@ class S4D(Mixer):
     ) -> Float[Tensor, "b l m"]:
         x = self.enter(x, state, cu_seqlens, mask)
         scan = None if state is None else state.scan
-        y = advance(s4d, s4d_step, scan, cu_seqlens, {"x": x}, **self.system())
+        y = advance(self.context, s4d, s4d_step, scan, cu_seqlens, {"x": x}, **self.system())
         return F.glu(self.out_proj(F.gelu(y)), -1)
 
     def extra_repr(self) -> str:

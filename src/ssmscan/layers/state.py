@@ -10,10 +10,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ssmscan.layers.context import Context
+
 State = TypeVar("State")
 
 
+class Held:
+    """A state as a block can be given it where its tensors have a history.
+
+    What wraps a module to shard or cast its arguments looks for tensors in them, and hands on others in their place. It
+    does not look in here.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+
 def advance(
+    context: Context,
     operation: Callable[..., tuple[Tensor, Tensor]],
     step: Callable[..., Tensor],
     h: Tensor | None,
@@ -24,9 +38,11 @@ def advance(
     """Run an operation over ``tokens`` and leave the state after the last of them in ``h``.
 
     Args:
+        context: that of the layer.
         operation: a sequence operation of :mod:`ssmscan.ops`.
         step: its decode step, which one token without a derivative takes.
-        h: the state before the first token, overwritten without a gradient; None is zeros, and nothing is kept.
+        h: the state before the first token, overwritten without a gradient unless it was computed with one; None is
+            zeros, and nothing is kept.
         cu_seqlens: bounds of packed sequences, or None.
         tokens: the operation's arguments with a time axis, (b, l, ...), by name; "x" is among them.
         fixed: its other arguments.
@@ -35,20 +51,20 @@ def advance(
         y, (b, l, ...).
     """
     if h is None:
-        return operation(**tokens, **fixed, cu_seqlens=cu_seqlens)[0]
+        return context.run(operation, **tokens, **fixed, cu_seqlens=cu_seqlens)[0]
     grad = torch.is_grad_enabled()
-    if tokens["x"].shape[1] == 1 and cu_seqlens is None and not grad:
+    if tokens["x"].shape[1] == 1 and cu_seqlens is None and not grad and not context.split:
         return step(**tokens, **fixed, h=h)
     # The derivative needs the state that was read.
-    y, after = operation(**tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
+    y, after = context.run(operation, **tokens, **fixed, h0=h.clone() if grad else h, cu_seqlens=cu_seqlens)
     overwrite(h, after)
     return y
 
 
-@torch.no_grad()
 def overwrite(h: Tensor, after: Tensor) -> None:
-    """Leave the state ``after`` in ``h``, without its gradient."""
-    h.copy_(after)
+    """Leave the state ``after`` in ``h``: without its gradient, but where ``h`` was computed with one."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and h.requires_grad and not h.is_leaf):
+        h.copy_(after)
 
 
 def write(memory: Tensor, index: tuple[Tensor, ...], values: Tensor) -> Tensor:

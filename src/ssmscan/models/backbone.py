@@ -13,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from ssmscan.layers import MLP, Block, RMSNorm
+from ssmscan.layers.context import Context
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.configuration import SSMConfig
 from ssmscan.models.initialization import draw, wide_patterns
@@ -85,6 +86,8 @@ class SSMModel(SSMPreTrainedModel):
         torch.Size([2, 5, 8])
     """
 
+    context = Context()
+
     def __init__(self, config: SSMConfig) -> None:
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -142,13 +145,14 @@ class SSMModel(SSMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         streams: list[Tensor] = []
         if cache is not None:
-            cache.make_room(x.shape[1])
+            _, tokens = self.context.extent(x.shape[1], x.device)
+            cache.make_room(tokens)
         for i, block in enumerate(self.layers):
             if output_hidden_states:
                 streams.append(x)
             x = block(x, None if cache is None else cache.layers[i].state, cu_seqlens, mask)
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(tokens)
         x = self.norm_f(x)
         states: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
@@ -187,7 +191,8 @@ class SSMModel(SSMPreTrainedModel):
             return given
         if use_cache is None:
             causal = all(getattr(block.mixer, "causal", True) for block in self.blocks)
-            use_cache = self.config.use_cache and causal and not self.training and not packed
+            wanted = self.config.use_cache and not self.training and not packed and not self.context.split
+            use_cache = wanted and causal
         return self.make_cache(batch_size) if use_cache else None
 
 

@@ -20,6 +20,14 @@ _CHUNK = 2**27
 _HALF_ROWS = 2**12
 
 
+class Holders:
+    """The processes that hold tokens of a batch: this one alone. :mod:`ssmscan.distributed` has one of several."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what all holders give, the same for each; its gradient is that of the holder's own share."""
+        return x
+
+
 @torch.compiler.disable
 def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[Tensor, " n"], v: int) -> Tensor:
     """Sum of the cross entropies of ``head(x)`` against ``targets``, in nats, chunk by chunk.

@@ -16,7 +16,7 @@ from ssmscan.models.backbone import CACHE, SSMModel, SSMPreTrainedModel
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.configuration import SSMConfig
 from ssmscan.models.initialization import draw
-from ssmscan.models.loss import IGNORE, linear_cross_entropy
+from ssmscan.models.loss import IGNORE, Holders, linear_cross_entropy
 from ssmscan.shapes import error
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         torch.Size([2, 8])
     """
 
+    holders = Holders()
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: SSMConfig) -> None:
@@ -207,28 +208,33 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         if labels is not None:
             if shift_labels is not None:
                 raise ValueError(error("SSMForCausalLM", "labels or shift_labels must be given", "both"))
+            if self.backbone.context.split:
+                rule = "shift_labels must be given in place of labels where the sequence is split"
+                raise ValueError(error("SSMForCausalLM", rule, "labels", "The last token's next is another process'."))
             if cu_seqlens is not None:
                 labels = _without_first(labels, cu_seqlens)
             shift_labels = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].contiguous()
+        if shift_labels is not None and loss_arguments.get("num_items_in_batch") is None:
+            loss_arguments["num_items_in_batch"] = self.holders.sum((shift_labels != IGNORE).sum())
         logits, loss = None, None
         if return_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x[:, kept]).float()
             if shift_labels is not None:
                 v = self.config.vocab_size
-                loss = self.loss_function(logits, None, v, shift_labels=shift_labels, **loss_arguments)
+                loss = self.loss_function(logits, None, v, shift_labels=shift_labels.contiguous(), **loss_arguments)
         elif shift_labels is None:
             raise ValueError(error("SSMForCausalLM", "labels must be given without return_logits", "none"))
         else:
             loss = self._chunked_loss(x, shift_labels, **loss_arguments)
+        if loss is not None:
+            loss = self.holders.sum(loss)
         states: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **states)
 
-    def _chunked_loss(
-        self, x: Tensor, targets: Tensor, num_items_in_batch: int | Tensor | None = None, **_: Any
-    ) -> Tensor:
+    def _chunked_loss(self, x: Tensor, targets: Tensor, num_items_in_batch: int | Tensor, **_: Any) -> Tensor:
         total = linear_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.config.vocab_size)
-        return total / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)
+        return total / num_items_in_batch
 
 
 def _without_first(labels: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 ``checkpoints/step_00000500`` holds the model as :func:`ssmscan.models.load_pretrained` reads it, ``training.pt`` (the
 optimizer, the random number generators, the seconds spent) and ``manifest.json``, the SHA-256 of each file. They are
 written to a temporary folder and synced, the manifest last, then the folder is renamed. A folder whose files do not
-match its manifest is not used.
+match its manifest is not used. Several processes write model and optimizer to ``shards`` in place of the first two's
+parts, see :mod:`ssmscan.training.shards`; any number of processes reads either.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from ssmscan.training.step import Step
 
 _MODEL = "model.safetensors"
 _TRAINING = "training.pt"
+_SHARDS = "shards"
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -40,26 +43,38 @@ def save(
     keep: int,
 ) -> None:
     """Write the checkpoint of ``step`` under ``root``, and remove all but the ``keep`` newest."""
-    root.mkdir(parents=True, exist_ok=True)
+    ranks = update.ranks
     temporary, final = root / f"unfinished_{step:08d}", root / f"step_{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        save_model(temporary, update.model, task)
-        training = {"update": update.state_dict(), "random": _random_state(), "seconds": seconds}
-        # Through a file of Python's, whose errors say why a write failed.
-        with naming(temporary / _TRAINING), (temporary / _TRAINING).open("wb") as file:
-            torch.save(training, file)
-        with naming(temporary / _MANIFEST):
-            _write_manifest(temporary, step)
-        # A broken checkpoint of the same step may be in the way.
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(root)
+        if ranks.first:
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        training = {"random": _random_state(), "seconds": seconds}
+        if ranks.count > 1:
+            from ssmscan.training import shards
+
+            ranks.meet()
+            shards.save(temporary / _SHARDS, update)
+        else:
+            save_model(temporary, update.model, task)
+            training["update"] = update.state_dict()
+        if ranks.first:
+            # Through a file of Python's, whose errors say why a write failed.
+            with naming(temporary / _TRAINING), (temporary / _TRAINING).open("wb") as file:
+                torch.save(training, file)
+            with naming(temporary / _MANIFEST):
+                _write_manifest(temporary, step)
+            # A broken checkpoint of the same step may be in the way.
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync(root)
+            for old in _checkpoints(root, up_to=step)[keep:]:
+                shutil.rmtree(old)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in _checkpoints(root, up_to=step)[keep:]:
-        shutil.rmtree(old)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    ranks.meet()
 
 
 def save_model(folder: Path, model: PreTrainedModel, task: Task) -> None:
@@ -89,17 +104,35 @@ def load(root: Path, update: Step) -> tuple[int, float]:
 
     Warns of each broken one that it passes over. Without any, nothing is restored and the step is 0.
     """
-    for folder in _checkpoints(root):
-        fault = _fault(folder)
-        if fault is not None:
-            warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=2)
-            continue
-        training = torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
+    ranks = update.ranks
+    step = ranks.told(_newest(root) if ranks.first else 0)
+    if step == 0:
+        return 0, 0.0
+    folder = root / f"step_{step:08d}"
+    training = torch.load(folder / _TRAINING, map_location="cpu", weights_only=True)
+    if (folder / _SHARDS).is_dir():
+        from ssmscan.training import shards
+
+        shards.load(folder / _SHARDS, update)
+    elif ranks.count > 1:
+        from ssmscan.training import shards
+
+        shards.load_whole(folder / _MODEL, training["update"]["optimizer"], update)
+    else:
         load_model(update.model, folder / _MODEL)
         update.load_state_dict(training["update"])
-        _set_random_state(training["random"])
-        return _step(folder), training["seconds"]
-    return 0, 0.0
+    _set_random_state(training["random"])
+    return step, training["seconds"]
+
+
+def _newest(root: Path) -> int:
+    """The step of the newest complete checkpoint under ``root``; 0 where there is none."""
+    for folder in _checkpoints(root):
+        fault = _fault(folder)
+        if fault is None:
+            return _step(folder)
+        warnings.warn(f"checkpoint {folder} is broken ({fault}); trying the one before", stacklevel=3)
+    return 0
 
 
 def _checkpoints(root: Path, up_to: int | None = None) -> list[Path]:
@@ -113,9 +146,10 @@ def _step(folder: Path) -> int:
 
 
 def _write_manifest(folder: Path, step: int) -> None:
-    hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    for name in hashes:
-        sync(folder / name)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): digest for path, digest in zip(paths, _sha256(paths), strict=True)}
+    for path in folder.rglob("*"):
+        sync(path)
     (folder / _MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2), encoding="utf-8")
     sync(folder / _MANIFEST)
     sync(folder)
@@ -125,10 +159,10 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file matches the manifest."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        if not hashes.keys() >= {_MODEL, _TRAINING}:
+        if not (hashes.keys() >= {_TRAINING} and hashes.keys() & {_MODEL, f"{_SHARDS}/.metadata"}):
             return f"{_MANIFEST} is not complete"
-        for name, expected in hashes.items():
-            if _sha256(folder / name) != expected:
+        for name, found in zip(hashes, _sha256([folder / name for name in hashes]), strict=True):
+            if found != hashes[name]:
                 return f"{name} does not match its SHA-256"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename).name} is missing"
@@ -137,9 +171,15 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(paths: Sequence[Path]) -> list[str]:
+    """Of each file; many at a time, for several processes leave many."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as readers:
+        return list(readers.map(digest, paths))
 
 
 def _random_state() -> dict[str, Any]:

@@ -25,14 +25,23 @@ PEAK = {
 
 
 class Clock:
-    """The seconds of a run, those before it was continued included, and its throughput while it trains."""
+    """The seconds of a run, those before it was continued included, and its throughput while it trains.
 
-    def __init__(self, config: TrainConfig, model: SSMForCausalLM, device: torch.device, seconds: float) -> None:
-        self.device = device
-        self.flops = flops_per_token(model, config.task.example_length)
+    Args:
+        config: what says when a checkpoint is due.
+        flops: operations for a token, :func:`flops_per_token` of the model as one process has it.
+        device: of this process.
+        seconds: of the run so far.
+        processes: how many share the work, each with such a device.
+    """
+
+    def __init__(
+        self, config: TrainConfig, flops: float, device: torch.device, seconds: float, processes: int = 1
+    ) -> None:
+        self.device, self.flops = device, flops
         self.minutes = config.save_minutes
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for part, peak in PEAK.items() if part in name), None)
+        self.peak = next((peak * processes for part, peak in PEAK.items() if part in name), None)
         self.began = time.perf_counter() - seconds
         self.saved()
         self._restart()

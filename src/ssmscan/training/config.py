@@ -89,6 +89,39 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the processes that torchrun starts share a run, dp · cp · tp of them.
+
+    Args:
+        dp: each has sequences of its own, and a share of the weights; null is all processes that the others leave.
+        cp: each has a stretch of the same sequences.
+        tp: each has a part of every layer.
+        timeout: a process that does not answer for so long is given up, and the run ends (seconds).
+    """
+
+    dp: int | None = None
+    cp: int = 1
+    tp: int = 1
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "cp", "tp"):
+            if getattr(self, name) is not None:
+                check_integer("mesh", name, getattr(self, name), 1)
+        _require(0 < self.timeout < math.inf, "mesh", "timeout must be positive and finite", self.timeout)
+
+    def sizes(self, processes: int) -> dict[str, int]:
+        """The ranks along each dimension for so many processes; ValueError where they do not fit."""
+        others = self.cp * self.tp
+        dp = max(processes // others, 1) if self.dp is None else self.dp
+        rule = f"dp · cp · tp must be the {processes} processes that were started"
+        advice = f"Start {dp * others} by torchrun --nproc-per-node {dp * others} -m ssmscan train …"
+        if dp * others != processes:
+            raise ValueError(error("mesh", rule, f"{dp} · {self.cp} · {self.tp}", advice))
+        return {"dp": dp, "cp": self.cp, "tp": self.tp}
+
+
+@dataclass(frozen=True)
 class Target:
     """What a run is to reach, as in "accuracy >= 0.99" or "loss <= 1.5".
 
@@ -134,9 +167,13 @@ class TrainConfig:
         out: folder for everything that the run leaves.
         overwrite: replace a run that is already in that folder.
         steps: length of the run (steps).
-        batch_size: of a step, which makes one update (examples).
-        micro_batch_size: how many of them go through the model at once, their gradients added up; null is all
-            (examples).
+        batch_size: of a step, which makes one update, over all processes (examples).
+        micro_batch_size: how many of them go through the model at once in a process, their gradients added up; null is
+            all (examples).
+        chunk: tokens of a sequence that go through the model at once, over all processes of cp; the states are carried
+            from chunk to chunk and the gradients back, so that memory no longer grows with the length; null is all
+            (tokens).
+        truncate: let no gradient pass from one chunk to the one before, which is a quarter faster.
         seed: of the weights and of the data.
         target: stop once an evaluation reaches it, and fail if none does, as in "accuracy >= 0.99"; null runs all
             steps.
@@ -153,6 +190,7 @@ class TrainConfig:
         compile: compile each block by torch.compile; the first steps take a minute longer.
         cuda_graph: record a whole step on the device once and replay it, which frees a small step from the host.
         gradient_checkpointing: compute each block again in the backward, which saves most of the memory of activations.
+        mesh: how several processes share the run.
         wandb: project of Weights & Biases that gets what TensorBoard gets; null is none.
         task: what is learned.
         model: its shape.
@@ -164,6 +202,8 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 64
     micro_batch_size: int | None = None
+    chunk: int | None = None
+    truncate: bool = False
     seed: int = 0
     target: str | None = None
     eval_every: int = 100
@@ -177,6 +217,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graph: bool = False
     gradient_checkpointing: bool = False
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     wandb: str | None = None
     task: Task = field(default_factory=SelectiveCopying)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -192,6 +233,12 @@ class TrainConfig:
             check_integer("train", "micro_batch_size", self.micro_batch_size, 1)
             rule = f"micro_batch_size must divide batch_size = {self.batch_size}"
             _require(self.batch_size % self.micro_batch_size == 0, "train", rule, self.micro_batch_size)
+        if self.chunk is not None:
+            check_integer("train", "chunk", self.chunk, 1)
+            # A compiled block saves the state that it then overwrites.
+            for name in ("gradient_checkpointing", "cuda_graph", "compile"):
+                _require(not getattr(self, name), "train", f"{name} must be false with chunk", "true")
+        _require(self.chunk is not None or not self.truncate, "train", "truncate must be false without chunk", "true")
         if self.save_minutes is not None:
             _require(self.save_minutes > 0, "train", "save_minutes must be positive", self.save_minutes)
         if self.target is not None:
@@ -199,7 +246,7 @@ class TrainConfig:
 
     @property
     def at_once(self) -> int:
-        """Examples that go through the model at once."""
+        """Examples that go through the model at once in a process, or as many as it has."""
         return self.micro_batch_size or self.batch_size
 
 

@@ -14,30 +14,38 @@ from ssmscan.tasks import IGNORE, Batch, Measure
 from ssmscan.tasks.text import Corpus
 from ssmscan.tasks.text.task import measure_text, rows
 from ssmscan.training.config import TrainConfig
+from ssmscan.training.ranks import Ranks
 from ssmscan.training.step import autocast
 
 
 @torch.no_grad()
-def evaluate(model: SSMForCausalLM, config: TrainConfig) -> dict[str, float]:
-    """What the task measures, over the first examples of its evaluation."""
+def evaluate(model: SSMForCausalLM, config: TrainConfig, ranks: Ranks | None = None) -> dict[str, float]:
+    """What the task measures, over the first examples of its evaluation; ``ranks`` share them, None is this process."""
     model.eval()
-    task, size = config.task, config.at_once
+    ranks = ranks or Ranks(model.device)
+    task, size, share = config.task, config.at_once, ranks.share(config.batch_size)
     examples = max(config.eval_tokens // task.example_length, 1)
     if task.held_out_examples is not None:
         examples = min(examples, task.held_out_examples)
     sums: dict[str, Measure] = {}
     for first in range(0, examples, config.batch_size):
         batch = task.batch(config.batch_size, config.seed, first // config.batch_size, "eval").rows(0, examples - first)
-        for i in range(0, len(batch.tokens), size):
+        own = ranks.rows(batch, share)
+        # As many parts in every process, of no examples where it has none.
+        for i in range(0, min(share, len(batch.tokens)), size):
             with autocast(config.precision, model.device):
-                sums = added(sums, task.measure(*scored(model, batch.rows(i, size))))
+                sums = added(sums, task.measure(*scored(model, own.rows(i, size), ranks)))
     model.train()
-    return means(sums)
+    return means(ranks.add_up(sums))
 
 
-def scored(model: SSMForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The logits of a batch and its targets, on the model's device; packed documents are one row."""
+def scored(model: SSMForCausalLM, batch: Batch, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+    """The logits of a batch and its targets, on the model's device; packed documents are one row.
+
+    Of ``ranks`` that split the sequences each has its own stretch.
+    """
     inputs = batch.inputs(model.device)
+    inputs = inputs if ranks is None else ranks.stretch(inputs)
     targets = inputs.pop("shift_labels")
     return model(**inputs, use_cache=False).logits, targets
 

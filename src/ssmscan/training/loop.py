@@ -2,25 +2,31 @@
 
 import json
 import platform
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ssmscan.ahead import Late
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
+from ssmscan.tasks import Text
 from ssmscan.training import checkpoint
 from ssmscan.training.batches import batches
-from ssmscan.training.clock import Clock
+from ssmscan.training.chunks import check_carries
+from ssmscan.training.clock import Clock, flops_per_token
 from ssmscan.training.config import Target, TrainConfig
 from ssmscan.training.errors import RunError, Terminated, UsageError
 from ssmscan.training.evaluation import evaluate, means, scored
 from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
-from ssmscan.training.report import Report, plot
-from ssmscan.training.step import Step, autocast
+from ssmscan.training.ranks import Ranks, joined
+from ssmscan.training.report import Log, Report, plot
+from ssmscan.training.step import Step, autocast, product_dtype
 from ssmscan.training.termination import termination
 
 
@@ -38,11 +44,15 @@ class Metrics:
     target: str | None
     parameters: int
     device: str
+    processes: int
     versions: dict[str, str]
 
 
 def train(config: TrainConfig, resume: bool = False) -> Metrics:
     """Run ``config``, or continue the run in its folder.
+
+    Under torchrun all processes call it, on a folder that they share; the first one tells of the run, and writes what
+    is not written by all.
 
     Args:
         config: the run.
@@ -55,7 +65,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
 
     Raises:
         UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
-        RunError: the loss or its gradient is not finite (the update is not made), or the target was not reached.
+        RunError: the loss or its gradient is not finite (the update is not made), the target was not reached, or
+            another process is gone.
         Terminated: SIGTERM has come. A checkpoint of the last step was written, and the run can be continued.
         OSError: a file could not be written. It is named, and the run can be continued.
 
@@ -64,23 +75,33 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         >>> config = TrainConfig(out="runs/first", steps=200)
         >>> metrics = train(config)  # doctest: +SKIP
     """
-    device = _device(config)
+    with joined(config) as ranks:
+        return _train(config, resume, ranks)
+
+
+def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
+    """The run, in each of its processes: all make the same steps, and the first one tells and writes."""
+    device = ranks.device
     config, model = _prepare(config)
     task, target = config.task, None if config.target is None else Target.parse(config.target)
-    model.to(device).train()
-    update = Step(model, make_optimizer(model, config.optim), config, device)
-    with claimed(config, resume) as folder:
+    parameters, flops = model.num_parameters(), flops_per_token(model, task.example_length)
+    model = ranks.arrange(model.to(device).train(), product_dtype(config.precision, device))
+    update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
+    with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
+        # The others come once the folder is claimed.
+        ranks.meet()
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
-        with Report(folder, config, step) as report, termination() as terminated:
-            clock = Clock(config, model, device, seconds)
+        report = Report(folder, config, step) if ranks.first else Log(folder, step)
+        with report, termination() as terminated:
+            clock = Clock(config, flops, device, seconds, ranks.count)
             last, late = report.newest("eval"), Late()
             for batch in batches(config, step):
                 late.put(step + 1, update(batch, learning_rate(step, config.steps, config.optim)))
                 step += 1
                 clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
-                ends = terminated()
-                saves = step % config.save_every == 0 or clock.save_is_due() or ends
+                due, ends = ranks.either(clock.save_is_due(), terminated())
+                saves = step % config.save_every == 0 or due or ends
                 for read, numbers in late.take(everything=evaluates or saves):
                     loss, norm, halted = numbers.tolist()
                     if halted:
@@ -94,7 +115,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                         report.training(read, loss=loss, lr=rate, grad_norm=norm, **clock.read())
                 if evaluates:
                     with clock.paused():
-                        last = report.evaluation(step, evaluate(model, config), clock.seconds())
+                        last = report.evaluation(step, evaluate(model, config, ranks), clock.seconds())
                     if target is not None and target.reached(last):
                         break
                 # After the evaluation, whose line the checkpoint then stands for.
@@ -106,32 +127,45 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                     raise Terminated
 
             if last is None or last["step"] != step:
-                last = report.evaluation(step, evaluate(model, config), clock.seconds())
-            with autocast(config.precision, device):
-                examined = task.examine(model, config.seed)
+                last = report.evaluation(step, evaluate(model, config, ranks), clock.seconds())
+            whole = ranks.whole(model)
+            examined = {}
+            if whole is not None:
+                with autocast(config.precision, device):
+                    examined = task.examine(whole, config.seed)
             metrics = Metrics(
                 evaluation={name: value for name, value in last.items() if name not in ("split", "step", "seconds")},
                 examination=means(examined),
                 steps=step,
                 seconds=clock.seconds(),
                 target=config.target,
-                parameters=model.num_parameters(),
+                parameters=parameters,
                 device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                processes=ranks.count,
                 versions={"python": platform.python_version()}
                 | {package: version(package) for package in ("ssmscan", "torch", "numpy", "transformers")},
             )
-            checkpoint.save_model(folder, model, task)
-            measure = task.measures[-1] if target is None else target.measure
-            plot(folder / "curves.png", task.title, report.lines, measure, target)
-            # The last file, for it marks the run as finished.
-            replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
-            print(f"\n{_example(model, config)}\n", flush=True)
+            if whole is not None:
+                _leave(folder, whole, config, metrics, report.lines)
     if target is not None and not target.reached(metrics.evaluation):
         raise RunError(
             f"train: {target.measure} must reach {target.bound:g}, got {metrics.evaluation[target.measure]:.4f} after "
             f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
+
+
+def _leave(
+    folder: Path, model: SSMForCausalLM, config: TrainConfig, metrics: Metrics, lines: list[dict[str, Any]]
+) -> None:
+    """Write what a finished run leaves, and show an example."""
+    checkpoint.save_model(folder, model, config.task)
+    target = None if config.target is None else Target.parse(config.target)
+    measure = config.task.measures[-1] if target is None else target.measure
+    plot(folder / "curves.png", config.task.title, lines, measure, target)
+    # The last file, for it marks the run as finished.
+    replace_text(folder / "metrics.json", json.dumps(asdict(metrics), indent=2) + "\n")
+    print(f"\n{_example(model, config)}\n", flush=True)
 
 
 def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
@@ -146,21 +180,13 @@ def _prepare(config: TrainConfig) -> tuple[TrainConfig, SSMForCausalLM]:
     try:
         config = replace(config, task=task.pinned())
         model = SSMForCausalLM(config.model.build(task.vocab_size))
+        if config.chunk is not None:
+            check_carries(model, packed=isinstance(task, Text) and task.packing == "documents")
     except (TypeError, ValueError, NotImplementedError) as reason:
         raise UsageError(str(reason)) from None
     if task.foretells and not all(getattr(module, "causal", True) for module in model.modules()):
         raise UsageError(error("train", f"mixers must be causal for the task {task.name}", config.model.mixers))
     return config, model
-
-
-def _device(config: TrainConfig) -> torch.device:
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UsageError(error("train", "device must be one of this machine", "cuda", "Use --device cpu."))
-    device = torch.device("cuda" if config.device != "cpu" and available else "cpu")
-    if config.cuda_graph and device.type != "cuda":
-        raise UsageError(error("train", "cuda_graph must be false without CUDA", "true"))
-    return device
 
 
 @torch.no_grad()

@@ -27,7 +27,9 @@ def train_parser(arguments: list[str]) -> ArgumentParser:
         "overrides it, as in --config recipes/demo.yaml --optim.lr 1e-3.",
     )
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
-    parser.add_argument("--resume", type=str, default=None, help="folder of a run to continue; takes no other option")
+    parser.add_argument(
+        "--resume", type=str, default=None, help="folder of a run to continue; takes no other option but --mesh"
+    )
     parser.add_class_arguments(TrainConfig, skip={"task"})
     parser.add_argument(
         "--task.name",
@@ -46,10 +48,12 @@ def train_config(arguments: list[str], values: Namespace) -> tuple[TrainConfig, 
         fields = {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)}
         task = {name: value for name, value in vars(values.task).items() if name != "name"}
         return TrainConfig(**fields | {"task": TASKS[values.task.name](**task)}), False
-    others = set(train_parser(arguments).parse_args(arguments, defaults=False).keys()) - {"resume"}
+    given = dict(train_parser(arguments).parse_args(arguments, defaults=False).items())
+    mesh = {name.removeprefix("mesh."): value for name, value in given.items() if name.startswith("mesh.")}
+    others = [f"--{name}" for name in sorted(given) if name != "resume" and not name.startswith("mesh.")]
     if others:
-        got = ", ".join(f"--{name}" for name in sorted(others))
-        raise ValueError(error("train", "--resume must be the only option", got, "A run keeps its config."))
+        rule = "--resume must be the only option, or come with --mesh"
+        raise ValueError(error("train", rule, ", ".join(others), "A run keeps its config."))
     folder = Path(values.resume)
     if not (folder / "config.yaml").is_file():
         raise ValueError(error("train", "--resume must name a run's folder", f"{folder}, which has no config.yaml"))
@@ -58,8 +62,8 @@ def train_config(arguments: list[str], values: Namespace) -> tuple[TrainConfig, 
     written = ["--config", str(folder / "config.yaml")]
     parser = train_parser(written)
     config, _ = train_config(written, parser.instantiate(parser.parse_args(written)))
-    # The folder may have been moved since.
-    return dataclasses.replace(config, out=str(folder)), True
+    # The folder may have been moved since, and other processes go on.
+    return dataclasses.replace(config, out=str(folder), mesh=dataclasses.replace(config.mesh, **mesh)), True
 
 
 def _task_name(arguments: list[str]) -> str:

@@ -11,7 +11,46 @@ from ssmscan.training.config import Target, TrainConfig, plain
 from ssmscan.training.folder import append_line, naming, replace_text
 
 
-class Report:
+class Log:
+    """The lines of a run up to ``step`` and from there on, told to nobody: what all but one of several processes keep.
+
+    A context manager, as :class:`Report` is.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "log.jsonl"
+        self.lines = read_log(self.path, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing was opened."""
+
+    def advance(self, step: int) -> None:
+        """Show that ``step`` is done."""
+
+    def training(self, step: int, **values: float) -> None:
+        """Log a training step: its loss, lr, grad_norm, tokens_per_second and seconds."""
+        self._write("train", step, values)
+
+    def evaluation(self, step: int, measures: dict[str, float], seconds: float) -> dict[str, Any]:
+        """Log an evaluation, and return its line."""
+        return self._write("eval", step, {**measures, "seconds": seconds})
+
+    def newest(self, split: str) -> dict[str, Any] | None:
+        """The newest line of the log of ``split``."""
+        return next((line for line in reversed(self.lines) if line["split"] == split), None)
+
+    def _write(self, split: str, step: int, values: dict[str, float]) -> dict[str, Any]:
+        line = {"split": split, "step": step, **values}
+        self.lines.append(line)
+        return line
+
+
+class Report(Log):
     """The live side of a run, from ``step`` on; a context manager that closes what it opened.
 
     ``log.jsonl`` gets one JSON object a line. ``{"split": "train", "step", "loss", "lr", "grad_norm",
@@ -25,8 +64,7 @@ class Report:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "log.jsonl"
-        self.lines = read_log(self.path, step)
+        super().__init__(folder, step)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._board_folder = folder / "tensorboard"
         self._wandb = None if config.wandb is None else _wandb(config)
@@ -65,17 +103,14 @@ class Report:
                 raise
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
         self._bar.update(self._task, completed=step)
 
     def training(self, step: int, **values: float) -> None:
-        """Log a training step: its loss, lr, grad_norm, tokens_per_second and seconds."""
-        self._write("train", step, values)
+        super().training(step, **values)
         self._bar.update(self._task, loss=f"{values['loss']:.3f}", speed=_short(values["tokens_per_second"]))
 
     def evaluation(self, step: int, measures: dict[str, float], seconds: float) -> dict[str, Any]:
-        """Log an evaluation, and return its line."""
-        line = self._write("eval", step, {**measures, "seconds": seconds})
+        line = super().evaluation(step, measures, seconds)
         self._bar.update(self._task, accuracy=f"{measures['accuracy']:.3f}")
         told = [f"step {step:>6}", *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items())]
         trained = self.newest("train")
@@ -84,13 +119,8 @@ class Report:
         print("   ".join([*told, f"{seconds:.0f} s"]), flush=True)
         return line
 
-    def newest(self, split: str) -> dict[str, Any] | None:
-        """The newest line of the log of ``split``."""
-        return next((line for line in reversed(self.lines) if line["split"] == split), None)
-
     def _write(self, split: str, step: int, values: dict[str, float]) -> dict[str, Any]:
-        line = {"split": split, "step": step, **values}
-        self.lines.append(line)
+        line = super()._write(split, step, values)
         append_line(self.path, line)
         with naming(self._board_folder):
             for name, value in values.items():

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmscan.ahead import Recorded
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import IGNORE, Batch
+from ssmscan.training.chunks import chunked_backward
 from ssmscan.training.config import TrainConfig
+from ssmscan.training.ranks import Ranks
 
 
 class Step:
@@ -24,19 +26,27 @@ class Step:
         model, optimizer: what is trained, and :func:`ssmscan.training.optim.make_optimizer` of it.
         config: batch, precision, compilation and the rest.
         device: that of the model.
+        ranks: the processes that share the step; None is this one.
     """
 
     def __init__(
-        self, model: SSMForCausalLM, optimizer: torch.optim.Optimizer, config: TrainConfig, device: torch.device
+        self,
+        model: SSMForCausalLM,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.ranks = ranks or Ranks(device)
         self.scaler = torch.amp.GradScaler(
             device.type, enabled=product_dtype(config.precision, device) == torch.float16
         )
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Those of the optimizer: behind a forward the model may have others in their place, that of several processes.
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         # A tensor, so that a recorded step can be told another rate.
         self.rate = torch.zeros((), device=device)
-        self._set_rate()
+        self.set_rate()
         self.halted = torch.zeros((), dtype=torch.bool, device=device)
         self.one = torch.ones((), device=device)
         if config.gradient_checkpointing:
@@ -50,7 +60,8 @@ class Step:
                 block.compile()
         self._run = Recorded(self._update, device) if config.cuda_graph else self._update
 
-    def _set_rate(self) -> None:
+    def set_rate(self) -> None:
+        """Have the optimizer read the rate of a step, whatever it has restored."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -61,10 +72,10 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self._set_rate()
+        self.set_rate()
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Queue the update for ``batch`` at the learning rate ``rate``.
+        """Queue the update for ``batch``, that of all processes, at the learning rate ``rate``.
 
         Returns the loss, the norm of the gradient before it was clipped, and 1 where the run is halted: (3,), float32,
         on the device.
@@ -73,21 +84,19 @@ class Step:
         # One at least: documents of a token each may ask for nothing.
         asked = int((batch.targets != IGNORE).sum())
         answers = torch.full((), float(max(asked, 1)), device=self.device)
+        own = self.ranks.rows(batch, self.ranks.share(batch.tokens.shape[0]))
         size = self.config.at_once
-        parts = [batch.rows(i, size).inputs(self.device) for i in range(0, batch.tokens.shape[0], size)]
+        parts = [own.rows(i, size).inputs(self.device) for i in range(0, own.tokens.shape[0], size)]
         return self._run(answers, *parts)
 
     def _update(self, answers: Tensor, *parts: dict[str, Any]) -> Tensor:
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
-        for inputs in parts:
-            with autocast(self.config.precision, self.device):
-                part = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
-            self.scaler.scale(part).backward()
-            loss += part.detach()
         scale = self.scaler.scale(self.one)
+        for inputs in parts:
+            loss += self._backward(inputs, answers, scale)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip)
+        norm = self.ranks.clip(list(self.named.values()), self.config.optim.clip)
         infinite = ~norm.isfinite()
         self.halted |= ~loss.isfinite() | (infinite & (scale <= 1))
         # What a GradScaler sets, and fused optimizers read on the device.
@@ -95,6 +104,25 @@ class Step:
         self.optimizer.step()
         self.scaler.update()
         return torch.stack([loss, norm, self.halted.float()])
+
+    def _backward(self, inputs: dict[str, Any], answers: Tensor, scale: Tensor) -> Tensor:
+        """Add the gradients of a part of the batch, times ``scale``; its part of the loss."""
+        config = self.config
+        with autocast(config.precision, self.device):
+            if config.chunk is not None:
+                return chunked_backward(
+                    self.model,
+                    chunk=config.chunk,
+                    **inputs,
+                    truncate=config.truncate,
+                    num_items_in_batch=answers,
+                    scale=scale,
+                    stretch=self.ranks.stretch,
+                )
+            inputs = self.ranks.stretch(inputs)
+            loss = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
+        (loss * scale).backward()
+        return loss.detach()
 
 
 def product_dtype(precision: str, device: torch.device) -> torch.dtype:

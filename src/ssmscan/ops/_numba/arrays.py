@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ssmscan.ops._numba.compiled import compiled
 
@@ -22,13 +23,21 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(np.empty(shape, _NUMPY[dtype]))
 
 
+def view(tensor: Tensor) -> np.ndarray:
+    """What ``tensor.numpy()`` is, for tensors whose memory is not ours: that would forbid their owner to free it.
+
+    FSDP frees the memory of a parameter between its uses.
+    """
+    return from_dlpack(to_dlpack(tensor)).numpy()
+
+
 def filled(shape: Sequence[int], dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
     """A copy of the values, or without them zeros in this shape.
 
     By NumPy: where PyTorch's threads have worked they spin when ours begin.
     """
     out = empty(*(shape if values is None else values.shape), dtype=dtype)
-    out.numpy()[...] = 0 if values is None else values.detach().to(dtype).numpy()
+    out.numpy()[...] = 0 if values is None else view(values.detach().to(dtype))
     return out
 
 

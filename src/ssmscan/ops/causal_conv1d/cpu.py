@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, rows
+from ssmscan.ops._numba.arrays import empty, filled, rows, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
@@ -132,7 +132,7 @@ def _convolve(
         strides[0],
         h.numpy(),
         _taps(weight, h.dtype),
-        offset.numpy(),
+        view(offset),
         _bounds(bounds, x.shape[1]),
         z.numpy(),
         hn.numpy(),
@@ -193,7 +193,7 @@ def _state(x: Tensor, weight: Tensor, h0: Tensor | None, bounds: Tensor | None, 
 
 def _taps(weight: Tensor, dtype: torch.dtype) -> np.ndarray:
     """(w, d), for rows along the channels."""
-    return weight.t().to(dtype).contiguous().numpy()
+    return view(weight.t().to(dtype).contiguous())
 
 
 def _bounds(bounds: Tensor | None, l: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled
+from ssmscan.ops._numba.arrays import empty, filled, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
@@ -95,7 +95,7 @@ def forward(inputs: Inputs, options: Options) -> Tensor:
         rows = y.view(-1, x.shape[-1])
         gate = _gate(z, x, dtype)
         parts = [part[1:] for part in _parts(rows.shape[0])]
-        scale = weight.to(dtype).contiguous().numpy()
+        scale = view(weight.to(dtype).contiguous())
         run(_forward, parts, _rows(x, dtype), gate, scale, rows.numpy(), eps, size, norm_before_gate)
     return y.to(options.dtype)
 
@@ -116,7 +116,7 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
             parts,
             _rows(x, dtype),
             _gate(z, x, dtype),
-            weight.to(dtype).contiguous().numpy(),
+            view(weight.to(dtype).contiguous()),
             _rows(dy, dtype),
             dx.view(n, d).numpy(),
             dgate.view(-1, d).numpy(),

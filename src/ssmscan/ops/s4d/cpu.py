@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, row, rows
+from ssmscan.ops._numba.arrays import empty, filled, row, rows, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run, split
 from ssmscan.ops.s4d.autograd import Inputs, Options
@@ -162,7 +162,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     y = empty(b, l, d, dtype=h.dtype)
     arrays, strides = rows((x,), x.shape, h.dtype)
     run(
-        _forward, split(b, d, WIDEST), *arrays, strides, *parameters, skip.numpy(), h.numpy(), y.numpy(),
+        _forward, split(b, d, WIDEST), *arrays, strides, *parameters, view(skip), h.numpy(), y.numpy(),
         _bounds(sequence, h, l), options.reverse,
     )  # fmt: skip
     return y.to(x.dtype), _joined(h)
@@ -181,7 +181,7 @@ def backward(
     dskip = filled((b, d), g.dtype)
     arrays, strides = rows((x, dy), x.shape, g.dtype)
     run(
-        _backward, split(b, d, WIDEST), *arrays, strides, *parameters, skip.numpy(), start.numpy(), g.numpy(),
+        _backward, split(b, d, WIDEST), *arrays, strides, *parameters, view(skip), start.numpy(), g.numpy(),
         dx.numpy(), *(t.numpy() for t in sums), dskip.numpy(), _bounds(sequence, g, l), options.reverse,
     )  # fmt: skip
     da, dB, dC = (_joined(t.sum(0, keepdim=True))[0] for t in sums)

@@ -12,7 +12,7 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows
+from ssmscan.ops._numba.arrays import empty, filled, owners, row, rows, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
@@ -301,7 +301,7 @@ def _parts(batch: int, groups: int, d: int) -> list[tuple[int, int, int, int]]:
 
 def _dense(tensor: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """Empty when there is none."""
-    return empty(0, dtype=dtype).numpy() if tensor is None else tensor.detach().to(dtype).contiguous().numpy()
+    return empty(0, dtype=dtype).numpy() if tensor is None else view(tensor.detach().to(dtype).contiguous())
 
 
 def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor]:

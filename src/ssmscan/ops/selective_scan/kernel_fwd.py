@@ -8,6 +8,7 @@ where it carries exp(δ_t·A) times the gradient of h_t.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -246,9 +247,14 @@ def summarise(
     reverse: bool,
     adjoint: bool,
     plan: Cover,
+    whole: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """For each segment of ``plan`` Σδ, (b, segments, d), and the state that it adds, (b, segments, n, d)."""
-    if plan.segments == 1:
+    """For each segment of ``plan`` Σδ, (b, segments, d), and the state that it adds, (b, segments, n, d).
+
+    Nothing of the walk enters after the last segment, so it needs no summary, unless the ``whole`` is asked for.
+    """
+    segments = plan.segments if whole else plan.segments - 1
+    if segments == 0:
         return None, None
     batch, l, d = x.shape
     groups, n = B.shape[2:]
@@ -256,9 +262,8 @@ def summarise(
     totals = x.new_empty(batch, plan.segments, n, d, dtype=torch.float32)
     blocks = cover(batch, l, d, groups, FORWARD, 8).blocks
     N, warps = forward_tile(n)
-    # Nothing enters after the last segment, so it needs no summary.
     selective_scan_walk.launch(
-        (batch * groups * blocks, plan.segments - 1, 1),
+        (batch * groups * blocks, segments, 1),
         (x, dt, A, B, None, None, z, dt_bias, h0, *runs, None, None, None, elapsed, totals),
         (l, d, n, d // groups, blocks, plan.length, plan.segments, 1, *A.stride())
         + (*batch_and_time(x, dt), *batch_time_group(B), 0, 0, 0, *batch_and_time(z)),
@@ -296,3 +301,28 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
         warps,
     )
     return y, hn, saved
+
+
+def states(
+    u: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    options: Options,
+    adjoint: bool,
+) -> Tensor:
+    """The state after a walk from none with this u and v, (b, d, n): no token's output."""
+    batch, l, d = u.shape
+    u, dt, z = channels_last(u), channels_last(dt), channels_last(z)
+    v, _ = matrices(v, v)
+    bias = None if dt_bias is None else dt_bias.contiguous()
+    plan = cover(batch, l, d, v.shape[2], FORWARD, 8)
+    nowhere = (None, None, None)
+    elapsed, totals = summarise(u, dt, A, v, z, bias, None, nowhere, *options, adjoint, plan, whole=True)
+    assert elapsed is not None
+    assert totals is not None
+    # Through the segments walked after each.
+    later = F.pad(elapsed[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+    return (totals.mT * torch.exp(later[..., None] * A.float())).sum(1)

@@ -80,7 +80,7 @@ def selective_scan(
         >>> y.flatten().tolist(), h.flatten().tolist()
         ([2.0, 4.0, 6.0], [3.0, 3.0])
     """
-    B, C = _check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
+    B, C = check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
     check_flags("selective_scan", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
     implementation, sequence, h0 = enter(
@@ -139,7 +139,7 @@ def selective_scan_step(
         ([[4.0]], [[[2.0, 2.0]]])
     """
     leading = leading_axes("selective_scan_step", x, "d")
-    B, C = _check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
+    B, C = check("selective_scan_step", leading.rstrip(", "), x, dt, A, B, C, D, z, dt_bias, h)
     check_flags("selective_scan_step", dt_softplus=dt_softplus, A_is_log=A_is_log)
     check_state("selective_scan_step", h, "d, n", x.shape[0], A.shape, state_indices)
     read = (x, dt, A, B, C, D, z, dt_bias)
@@ -154,7 +154,7 @@ def selective_scan_step(
     return reference.selective_scan_step(*read, h, state_indices, dt_softplus)
 
 
-def _check(
+def check(
     function: str,
     axes: str,
     x: Tensor,

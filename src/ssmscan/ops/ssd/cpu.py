@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssmscan.ops._numba.arrays import empty, filled
+from ssmscan.ops._numba.arrays import empty, filled, view
 from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.ssd import cpu_kernels
 from ssmscan.ops.ssd.autograd import Inputs, Options
@@ -93,7 +93,7 @@ def _arrays_of(inputs: Inputs, options: Options, dtype: torch.dtype) -> list[np.
 
 
 def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[np.ndarray]:
-    return [v.detach().to(dtype).contiguous().numpy() for v in tensors]
+    return [view(v.detach().to(dtype).contiguous()) for v in tensors]
 
 
 def _rates(dt: Tensor, A: Tensor, dt_bias: Tensor | None, dtype: torch.dtype) -> list[np.ndarray]:

@@ -37,6 +37,18 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     return y, final
 
 
+def states(
+    u: Tensor, v: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, options: Options, adjoint: bool
+) -> Tensor:
+    """The state after a walk from none with this u and v, (b, h, p, n): no token's output."""
+    softplus, low, high, reverse = options
+    final = u.new_empty(u.shape[0], *u.shape[2:], v.shape[3], dtype=torch.float32)
+    tiles = tiles_for(u, v.shape[3], backward=adjoint)
+    sizes = steps([(dt, reverse)], float32(A), float32(dt_bias), [None], tiles, (softplus, low, high))
+    walk(channels_last(u), channels_last(v), sizes, None, None, tiles, reverse, adjoint=adjoint, final=final)
+    return final
+
+
 @overload
 def float32(parameter: Tensor) -> Tensor: ...
 @overload

@@ -53,11 +53,11 @@ def ssd(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     Bs, Cs = (split(v.to(dtype)).movedim(2, 3)[:, :, :, None] for v in (B, C))
     log_a = split(delta * A).movedim(2, 3).unflatten(2, (groups, -1))
     pairs, entered, left = _logarithms(log_a)
-    states = (_grown(X, left[..., None]).mT @ Bs).flatten(2, 3)
+    states = (grown(X, left[..., None]).mT @ Bs).flatten(2, 3)
     first, owner = (None, None) if chunks is None else (chunks.first, chunks.sequence)
     entering, after = carry(*scaled_exp(log_a.sum(-1).flatten(2, 3)[..., None, None]), states, h, first, owner)
     y = _weighted(pairs, log_a.detach().clamp(min=0), Cs @ Bs.mT, X)
-    y = y + _grown(Cs @ entering.unflatten(2, (groups, -1)).mT, entered[..., None])
+    y = y + grown(Cs @ entering.unflatten(2, (groups, -1)).mT, entered[..., None])
     y = y.flatten(2, 3).movedim(3, 2).flatten(1, 2)
     if sequence is None or chunks is None or index is None:
         y, final = y[:, :l], after[:, -1]
@@ -93,7 +93,7 @@ def _logarithms(log_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return terms.cumsum(-2).masked_fill(~upto, -torch.inf), log_a.cumsum(-1), terms.sum(-2)
 
 
-def _grown(v: Tensor, log: Tensor) -> Tensor:
+def grown(v: Tensor, log: Tensor) -> Tensor:
     """v·exp(log), where exp(log) alone may overflow: of v = 0 it is 0."""
     half = (log / 2).clamp(max=_log_largest(v)).exp()
     return v * half * half

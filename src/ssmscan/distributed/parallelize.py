@@ -1,0 +1,90 @@
+"""parallelize: a model on a mesh of processes."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ssmscan.distributed.loss import SeveralHolders
+from ssmscan.distributed.sequence import SplitContext
+from ssmscan.distributed.sharding import shard
+from ssmscan.distributed.tensor import split
+from ssmscan.layers.context import Context
+from ssmscan.shapes import error
+
+DIMENSIONS = ("dp", "cp", "tp")
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> nn.Module:
+    """Arrange a model on a mesh of processes, in place: each keeps a part of it, and computes a part of each batch.
+
+    - "dp": every rank has sequences of its own.
+    - "cp": the ranks have stretches of the same sequences, in their order. See :func:`context_parallel`; attention
+      gathers the keys and values of all.
+    - "tp": the ranks have the same tokens, and heads or channels of their own: of Mamba, Mamba2, RGLRU, GatedSSM,
+      MatrixSSM, Attention and MLP, and the tokens of embedding and head where their number divides.
+
+        loss = Σ_ranks loss_rank,    dloss/dθ = Σ_ranks dloss_rank/dθ    over "dp" and "cp"
+
+    The parameters are sharded over the ranks of "dp" and "cp", block by block (FSDP2), and their gradients are those
+    of the sum of what these ranks called ``backward`` on. The loss of an :class:`ssmscan.models.SSMForCausalLM` is
+    that of the whole batch, the same on every rank, and its gradient on each the rank's share.
+
+    Args:
+        model: an ``SSMForCausalLM`` or ``SSMModel``, or any module of mixers and blocks of :mod:`ssmscan.layers`. On
+            every rank the same, on the device of the mesh. Load a checkpoint before, make the optimizer after.
+        mesh: its dimensions are named "dp", "cp" and "tp", or some of these, in this order.
+        param_dtype: in which the blocks' matrices are gathered over "dp" and "cp", such as bfloat16, under
+            ``torch.autocast`` with it. Parameters and gradients stay what they are, and so do modules with a parameter
+            that is to stay wide: rates of decay, D, biases of step sizes, norms. Default None: in their own dtype.
+
+    Returns:
+        the model itself, whose parameters now are DTensors. :func:`full_state_dict` puts them together again.
+
+    Where the sequence is split a forward takes this rank's stretch of everything with a time axis, and ``cu_seqlens``
+    of the whole sequence. Give ``shift_labels`` in place of ``labels``, for the last token's next one is another
+    rank's. A cache, or a layer's state, ends as the state after the whole sequence on every rank; over "tp" each rank
+    has the state of its heads or channels.
+
+    Raises:
+        ValueError: a mesh without names, or with others; heads or channels that the ranks of "tp" cannot share.
+        TypeError: parameters of several dtypes over "dp" or "cp".
+        NotImplementedError: a mixer that has no form for "tp".
+
+    Zhao et al., "PyTorch FSDP" (2023), for the sharding; Shoeybi et al., "Megatron-LM" (2019), section 3, for the
+    split of columns and then of rows.
+
+    Example, of one process; under torchrun the group is there already:
+        >>> import tempfile, torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from ssmscan.distributed import parallelize
+        >>> from ssmscan.layers import GatedSSM
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        ...     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+        ...     y = parallelize(GatedSSM(4), mesh)(torch.randn(2, 5, 4))
+        ...     dist.destroy_process_group()
+        >>> y.shape
+        torch.Size([2, 5, 4])
+    """
+    names = mesh.mesh_dim_names or ()
+    if not names or list(names) != [name for name in DIMENSIONS if name in names]:
+        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
+        raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
+    if "tp" in names:
+        split(model, mesh["tp"])
+    if "cp" in names:
+        context = SplitContext(mesh.get_group("cp"))
+        for module in model.modules():
+            if isinstance(getattr(module, "context", None), Context):
+                module.context = context  # type: ignore[assignment]
+    data = tuple(name for name in names if name != "tp")
+    if data:
+        holders = mesh[data] if len(data) == 1 else mesh[data]._flatten()
+        if "tp" in names:
+            # A sum over both in one collective, whose bits all ranks agree on: that of a clipped gradient's norm.
+            mesh._flatten()
+        shard(model, holders, param_dtype)
+        if hasattr(model, "holders"):
+            model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
+    return model

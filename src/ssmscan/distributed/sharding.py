@@ -1,0 +1,55 @@
+"""Parameters sharded over processes, block by block, by FSDP2."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ssmscan.layers import Block
+from ssmscan.shapes import error
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
+    """Shard the parameters of ``model`` over ``mesh``: those of a block together, and the rest together.
+
+    Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it,
+    apart from the modules with a parameter that stays wide.
+    """
+    dtypes = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
+    if len(dtypes) > 1:
+        rule, advice = "parameters to shard must be of one dtype", "Keep float32, and pass param_dtype under autocast."
+        raise TypeError(error("parallelize", rule, dtypes, advice))
+    blocks = [module for module in model.modules() if isinstance(module, Block) and module is not model]
+    for module in (*blocks, model):
+        if param_dtype is not None and (module is not model or not blocks):
+            narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtypes[0], cast_forward_inputs=False)
+            _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow)
+        _shard(module, mesh, MixedPrecisionPolicy())
+
+
+def _shard(modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    fully_shard(modules, mesh=mesh, mp_policy=policy)
+    sharded = modules[0] if isinstance(modules, list) else modules
+    assert isinstance(sharded, FSDPModule)
+    sharded.set_gradient_divide_factor(1.0)
+    # The factor would be a multiplication that not every backend has.
+    sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _owners(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules with parameters of their own, as they were before tensor parallelism cut these into pieces."""
+    for part in module.modules():
+        if not isinstance(part, ParametrizationList) and _names(part):
+            yield part
+
+
+def _names(module: nn.Module) -> set[str]:
+    whole = {name for name, _ in module.named_parameters(recurse=False)}
+    return whole | set(getattr(module, "parametrizations", ()))
+
+
+def _stays_wide(module: nn.Module) -> bool:
+    return not _names(module).isdisjoint(getattr(module, "_keep_wide", ()))
