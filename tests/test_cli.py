@@ -491,7 +491,7 @@ SHORT = {
     "demo": "",
     "selective_copying": "--task.length 64",
     "induction_heads": "--task.length 64 --task.test_lengths [64] --task.test_examples 2",
-    "induction_heads_paper": "--task.test_lengths [64] --task.test_examples 2",
+    "induction_heads_paper": "--task.length 64 --task.test_lengths [64] --task.test_examples 2",
     "associative_recall": "",
     "shakespeare": "--task.data verse.txt --task.length 16",
 } | dict.fromkeys(

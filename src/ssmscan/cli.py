@@ -1,7 +1,7 @@
 """The command ``ssmscan``: train, generate, eval, tokenize, bench, info.
 
 Exit status 0 for success, 1 for a failed run, 2 for wrong usage, 130 when interrupted, 141 when the output's reader is
-gone; an error is one line on stderr.
+gone, 143 when told to end by SIGTERM; an error is one line on stderr.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 # What the extra `train` installs and this command cannot do without.
 NEEDED = ("filelock", "jsonargparse", "matplotlib", "rich", "tensorboard", "transformers")
 
-# What a shell reports of a process that SIGINT or SIGPIPE ended.
-INTERRUPTED, UNREAD = 130, 141
+# What a shell reports of a process that SIGINT, SIGPIPE or SIGTERM ended.
+INTERRUPTED, UNREAD, TERMINATED = 130, 141, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _train(config: TrainConfig, resume: bool) -> int:
-    from ssmscan.training import RunError, UsageError, train
+    from ssmscan.training import RunError, Terminated, UsageError, train
 
     try:
         metrics = train(config, resume)
@@ -137,6 +137,8 @@ def _train(config: TrainConfig, resume: bool) -> int:
         return _fail(_one_line(str(reason)), 1)
     except KeyboardInterrupt:
         return _fail(f"train: interrupted.{_how_to_go_on(config)}", INTERRUPTED)
+    except Terminated:
+        return _fail(f"train: terminated, after a checkpoint.{_how_to_go_on(config)}", TERMINATED)
     return 0
 
 
@@ -173,7 +175,7 @@ def _parse(arguments: list[str]) -> tuple[str, Namespace]:
         ("generate", generate_parser(), "continue a text by a model"),
         ("eval", eval_parser(), "measure how well a model foretells a text"),
         ("tokenize", tokenize_parser(), "turn text into tokens to train on"),
-        ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations"),
+        ("bench", ArgumentParser(exit_on_error=False), "check, time and record operations and whole models"),
         ("info", ArgumentParser(exit_on_error=False), "versions, devices, backends"),
     ):
         commands.add_subcommand(name, subparser, help=text)

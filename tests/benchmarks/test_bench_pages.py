@@ -1,6 +1,5 @@
 """Tables and pictures of records made by hand, and those in the tree."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from bench_records import RECORD, ROW, read
 
 from ssmscan.bench import pages, plot
 from ssmscan.bench.compare import Other, headlines, machine_of, pairs, read_others
-from ssmscan.bench.result import read_all
+from ssmscan.bench.result import read_all, read_rows
 
 ROOT = Path(__file__).parents[2]
 OTHER = Other("linear_scan", ROW["shape"], "headline", "fwd", "quick", 0.6502, "one run")
@@ -48,7 +47,7 @@ def test_short_without_others(result):
 
 
 def test_full(result):
-    text = pages.full([result], {"h200": QUICK}, {"h200": [MODEL]})
+    text = pages.full([result], {"h200": QUICK}, {"h200": [MODEL]}, {})
     assert rows_of(text)[:5] == [
         "| operation | shape | dtype | direction | time | floor | time / floor | memory |",
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
@@ -60,7 +59,9 @@ def test_full(result):
     assert "- linear_scan: 2026-01-02, commit abc, torch 2.11.0, triton 3.6.0, copy limit 4270 GB/s." in text
     assert "| `linear_scan` | 30 | 242 | 32 | 210 | 0.9 / 1.2 |" in text
     assert "2.00 / 3.00 | quick |" in text
-    assert "| mamba2-130m | 8 × 2048 | eager | 153,000 | 107 ms | 102 ms | 12.3 GiB | 2026-01-02, abc |" in text
+    assert (
+        "| mamba2-130m | training | 8 × 2048 | eager | 153,000 | 107 ms | 102 ms | 12.3 GiB | 2026-01-02, abc |" in text
+    )
 
 
 def test_the_best_of_the_others_is_one_of_them(result):
@@ -122,10 +123,10 @@ def test_plots(result, tmp_path):
 def test_readme_and_the_benchmarks_page_show_what_is_recorded():
     folder = ROOT / "benchmarks" / "results"
     results, others = read_all(folder), read_others(folder)
-    models = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/models.json")}
+    models, figures = read_rows(folder, "models"), read_rows(folder, "figures")
     for name, content in (
         ("README.md", pages.short(results, others)),
-        ("docs/benchmarks.md", pages.full(results, others, models)),
+        ("docs/benchmarks.md", pages.full(results, others, models, figures)),
     ):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert pages.insert(text, content) == text, "run benchmarks/report.py"

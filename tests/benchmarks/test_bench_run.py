@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -199,3 +200,11 @@ def test_rows_of_the_same_key_are_replaced(tmp_path):
     assert result.replace_rows(path, old, ["model"]) == old
     kept = [{"model": "b", "ms": 2}, {"model": "a", "ms": 3}]
     assert result.replace_rows(path, [{"model": "a", "ms": 3}], ["model"]) == kept == json.loads(path.read_text())
+
+
+def test_rows_of_several_writers_stay(tmp_path):
+    """As of processes that share the GPUs of a machine."""
+    path = tmp_path / "h200" / "figures.json"
+    with ThreadPoolExecutor(8) as writers:
+        list(writers.map(lambda i: result.replace_rows(path, [{"line": i}], ["line"]), range(64)))
+    assert sorted(row["line"] for row in json.loads(path.read_text(encoding="utf-8"))) == list(range(64))

@@ -39,6 +39,21 @@ def test_every_set_of_places_is_equally_likely():
     assert (counts - 2000).abs().max() < 212
 
 
+@pytest.mark.parametrize("task_class", TASKS)
+def test_mixed_lengths(task_class):
+    task = task_class(symbols=5, data_tokens=3, length=20, shortest=5)
+    batches = [task.batch(2, seed=0, index=i, split="train") for i in range(300)]
+    lengths, counts = torch.tensor([batch.tokens.shape[1] for batch in batches]).unique(return_counts=True)
+    assert lengths.tolist() == [5 + 3, 10 + 3, 20 + 3]
+    # Five standard deviations are 41.
+    assert (counts - 100).abs().max() < 41
+    for tokens, targets, _ in batches:
+        data = tokens[:, :-3]
+        assert torch.equal(data[data < 5].view(2, 3), targets[:, -3:])
+        assert (tokens[:, -3:] == 6).all()
+    assert all(task.batch(2, 0, i, "eval").tokens.shape == (2, 23) for i in range(10))
+
+
 def test_all_places_hold_data():
     tokens, targets, _ = SelectiveCopying(symbols=62, data_tokens=7, length=7).batch(4, 0, 0, "eval")
     assert torch.equal(tokens[:, :7], targets[:, 7:])

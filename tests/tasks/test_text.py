@@ -128,6 +128,15 @@ def test_documents_can_be_one_stream(songs):
     assert (batch.targets == END).any()
 
 
+def test_one_stream_runs_on_behind_its_end(songs):
+    """Every batch has one shape, that with the ring's end too; the first token is foretold from nothing."""
+    ring = _stream(songs, "train")
+    whole = replace(songs, packing="concatenate").batch(len(ring) // 16, seed=0, index=0, split="train")
+    assert whole.starts is None
+    assert (whole.targets == IGNORE).sum() <= 1
+    assert (whole.targets[whole.targets != IGNORE] == END).any()
+
+
 def test_a_text_without_documents_has_no_starts(play):
     assert play.batch(2, seed=0, index=0, split="eval").starts is None
     count = len(play.corpus.parts["train"]) // 20

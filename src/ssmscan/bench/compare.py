@@ -1,11 +1,10 @@
 """Other libraries' times, recorded by hand as ``<gpu>/others.json``, beside our own."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row
+from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result, Row, read_rows
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,7 @@ class Pair:
 
 def read_others(folder: Path) -> dict[str, list[Other]]:
     """The others' times of each machine under ``folder``."""
-    return {
-        path.parent.name: [Other(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
-        for path in sorted(folder.glob("*/others.json"))
-    }
+    return {gpu: [Other(**row) for row in rows] for gpu, rows in read_rows(folder, "others").items()}
 
 
 def pairs(results: Sequence[Result], others: Sequence[Other]) -> list[Pair]:

@@ -40,9 +40,15 @@ def short(results: Sequence[Result], others: Mapping[str, Sequence[Other]]) -> s
 
 
 def full(
-    results: Sequence[Result], others: Mapping[str, Sequence[Other]], models: Mapping[str, Sequence[Mapping[str, Any]]]
+    results: Sequence[Result],
+    others: Mapping[str, Sequence[Other]],
+    models: Mapping[str, Sequence[Mapping[str, Any]]],
+    figures: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str:
-    """All results, README's machine first: operations, the others' times, the host's time, models, and pictures."""
+    """All results, README's machine first: operations, the others' times, the host's time, models, and pictures.
+
+    ``models`` and ``figures`` are the rows of each machine's models.json and figures.json.
+    """
     parts = []
     first = machine_of(results, others)
     for gpu in sorted({result.gpu for result in results}, key=lambda name: (name != first, name == "cpu", name)):
@@ -60,7 +66,16 @@ def full(
         if hosts:
             parts += [f"### Host time on {gpu.upper()}", _HOST, _host(hosts)]
         if gpu in models:
-            parts += [f"### Whole models on {gpu.upper()}", _MODELS, _models(models[gpu])]
+            parts += [f"### Whole models on {gpu.upper()}", _MODELS, _steps(models[gpu])]
+            generated = [row for row in models[gpu] if row["direction"] == "generate"]
+            parts += [f"### Generating on {gpu.upper()}", _GENERATING, _continuations(generated)] if generated else []
+        if gpu in figures:
+            pictures = dict.fromkeys(row["figure"] for row in figures[gpu])
+            parts += [
+                f"### The papers' figures on {gpu.upper()}",
+                _FIGURES,
+                "\n".join(f"![{name}](images/{name}-{gpu}.png)" for name in pictures),
+            ]
         parts += [
             f"### Time over length on {gpu.upper()}",
             "At a constant number of tokens; dashed lines are the floors.",
@@ -74,10 +89,25 @@ _HOST = (
     "number, and how many times that of PyTorch's `scaled_dot_product_attention` in the same run it is."
 )
 _MODELS = (
-    "Training steps under bfloat16 autocast, from the forward to AdamW's update, as `benchmarks/models.py` measures "
-    "them (`blocks`: a forward and backward of 24 layers' operations). A step as one CUDA graph takes what the device "
-    "takes; the host's time is that of launching a short step."
+    "As `ssmscan bench models` measures them. Training is a step under bfloat16 autocast, from the forward to AdamW's "
+    "update, or its forward and loss alone; a prompt is read with weights in bfloat16, up to the scores of the next "
+    "token; `blocks` is a forward and backward of 24 layers' operations. A step as one CUDA graph takes what the "
+    "device takes; the host's time is that of launching a short step."
 )
+_GENERATING = (
+    "`Generator`, weights in bfloat16, the likeliest token each time. The first rate is that of the tokens after the "
+    "first, the second that of the whole call with its prompt. Its tokens were compared with those of `generate` first."
+)
+_FIGURES = (
+    "Each number beside a line's end is how many times longer than `selective_scan` it takes there. [How they are "
+    "measured](kernels.md#whole-models)."
+)
+_STEPS = {
+    "train": "training",
+    "fwdbwd": "forward + backward",
+    "forward": "training, forward alone",
+    "prefill": "reading a prompt",
+}
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], align: str) -> str:
@@ -165,21 +195,55 @@ def _host(results: Sequence[Result]) -> str:
     return _table(("operation", *NAMES.values(), "attention", "both ways", "× attention"), lines, "lrrrrr")
 
 
-def _models(rows: Sequence[Mapping[str, Any]]) -> str:
+def _steps(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         (
             row["model"],
+            _STEPS[row["direction"]],
             f"{row['batch']} × {row['length']}",
             row["mode"],
-            f"{row['tokens_per_s']:,}",
-            *(_ms(row[time]) for time in ("step_ms", "host_ms")),
-            f"{row['peak_gib']:.1f} GiB",
-            f"{row['date'][:10]}, {row['commit']}",
+            *_measured(row, "tokens_per_s", "step_ms", "host_ms"),
+            _origin_of(row),
         )
-        for row in rows
+        for row in sorted(rows, key=_place)
+        if row["direction"] in _STEPS
     ]
-    header = ("model", "batch × length", "mode", "tokens/s", "step", "host", "memory", "measured")
-    return _table(header, lines, "lllrrrrl")
+    header = ("model", "what", "batch × length", "mode", "tokens/s", "step", "host", "memory", "measured")
+    return _table(header, lines, "llllrrrrl")
+
+
+def _continuations(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        (
+            row["model"],
+            str(row["batch"]),
+            f"{row['length']} + {row['new_tokens']}",
+            *_measured(row, "tokens_per_s", "call_tokens_per_s", "step_ms", "host_ms", "prefill_ms"),
+            _origin_of(row),
+        )
+        for row in sorted(rows, key=_place)
+    ]
+    header = (
+        "model", "batch", "prompt + new", "tokens/s", "with the prompt", "step", "host", "prompt", "memory", "measured"
+    )  # fmt: skip
+    return _table(header, lines, "lrrrrrrrrl")
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Several processes write one file, in no order."""
+    return tuple(row[name] for name in ("model", "direction", "batch", "length", "mode"))
+
+
+def _measured(row: Mapping[str, Any], *names: str) -> list[str]:
+    """Rates and times of a row, and its memory; or why there are none."""
+    if "left_out" in row:
+        return [row["left_out"], *["–"] * len(names)]
+    cells = [f"{row[name]:,}" if name.endswith("per_s") else _ms(row[name]) for name in names]
+    return [*cells, "–" if row["peak_gib"] is None else f"{row['peak_gib']:.1f} GiB"]
+
+
+def _origin_of(row: Mapping[str, Any]) -> str:
+    return f"{row['date'][:10]}, {row['commit']}"
 
 
 def _origins(results: Sequence[Result]) -> str:

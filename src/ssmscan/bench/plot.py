@@ -8,7 +8,8 @@ from ssmscan.bench.compare import Pair
 from ssmscan.bench.report import NAMES, axes
 from ssmscan.bench.result import DIRECTIONS, HEADLINE, SWEEP, Result
 
-_INK, _MUTED, _GRID = "#22252b", "#6b7280", "#e5e7eb"
+INK, MUTED, GRID = "#22252b", "#6b7280", "#e5e7eb"
+DASHES = (0, (4, 3))
 _COLOURS = {"fwd": "#2563eb", "fwdbwd": "#c2410c"}
 
 
@@ -30,20 +31,20 @@ def over_length(result: Result, path: Path) -> None:
         colour = _COLOURS[direction]
         plane.fill_between(lengths, [r.p20_ms for r in rows], [r.p80_ms for r in rows], color=colour, alpha=0.15, lw=0)
         plane.plot(lengths, [r.median_ms for r in rows], color=colour, lw=2, marker="o", ms=5, label=NAMES[direction])
-        plane.plot(lengths, [r.floor_ms for r in rows], color=colour, lw=1.3, ls=(0, (4, 3)), label="its floor")
+        plane.plot(lengths, [r.floor_ms for r in rows], color=colour, lw=1.3, ls=DASHES, label="its floor")
     times = [time for row in swept for time in (row.floor_ms, row.p80_ms)]
     plane.set_ylim(min(times) / 1.6, max(times) * 1.6)
     lengths = sorted({row.shape["l"] for row in swept})
-    plane.set_xticks(lengths, [_thousands(length) for length in lengths])
+    plane.set_xticks(lengths, [thousands(length) for length in lengths])
     plane.xaxis.set_minor_locator(NullLocator())
     plane.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     plane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     plane.yaxis.set_minor_locator(NullLocator())
-    plane.set_xlabel("length", color=_MUTED)
-    plane.set_ylabel("milliseconds", color=_MUTED)
+    plane.set_xlabel("length", color=MUTED)
+    plane.set_ylabel("milliseconds", color=MUTED)
     rest = axes({axis: length for axis, length in first.shape.items() if axis not in "bl"})
     tokens = first.shape["b"] * first.shape["l"]
-    title = f"{result.op} on {result.gpu.upper()}: {_thousands(tokens)} tokens, {rest}, {first.dtype}"
+    title = f"{result.op} on {result.gpu.upper()}: {thousands(tokens)} tokens, {rest}, {first.dtype}"
     _finish(figure, plane, title, path)
 
 
@@ -71,8 +72,8 @@ def over_floor(pairs: Sequence[Pair], gpu: str, path: Path) -> None:
             color=colour, lw=0, marker="o", ms=7, mfc="white", mew=1.6,
         )  # fmt: skip
     if any(pair.best for pair in pairs):
-        plane.plot([], [], color=_MUTED, lw=0, marker="o", ms=7, mfc="white", mew=1.6, label="best public kernel")
-    plane.axvline(1, color=_MUTED, lw=1.3, ls=(0, (4, 3)))
+        plane.plot([], [], color=MUTED, lw=0, marker="o", ms=7, mfc="white", mew=1.6, label="best public kernel")
+    plane.axvline(1, color=MUTED, lw=1.3, ls=DASHES)
     plane.set_yticks([-i for i in range(len(pairs))], [_label(pair) for pair in pairs])
     plane.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
     plane.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -95,8 +96,8 @@ def speedups(rows: Sequence[Mapping[str, Any]], gpu: str, path: Path) -> None:
         for place, ratio in zip(places, ratios, strict=True):
             row = ordered[-place]
             text = f" {ratio:.3g}×: {row['before_s']:.3g} s to {row['after_s']:.3g} s"
-            plane.text(ratio, place, text, va="center", color=_INK, fontsize=9)
-    plane.axvline(1, color=_MUTED, lw=1.3, ls=(0, (4, 3)))
+            plane.text(ratio, place, text, va="center", color=INK, fontsize=9)
+    plane.axvline(1, color=MUTED, lw=1.3, ls=DASHES)
     plane.set_xlim(0.9, 12 * max(row["ratio"] for row in rows))
     plane.set_yticks([-i for i in range(len(ordered))], [row["model"] for row in ordered])
     plane.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}×"))
@@ -111,16 +112,27 @@ def _label(pair: Pair) -> str:
 
 
 def _finish(figure, plane, title: str, path: Path) -> None:
-    plane.grid(color=_GRID, lw=0.8)
+    style(plane)
+    plane.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 1.0), labelcolor=INK, fontsize=9)
+    save(figure, title, path)
+
+
+def style(plane) -> None:
+    """A grid instead of a frame."""
+    plane.grid(color=GRID, lw=0.8)
     plane.set_axisbelow(True)
-    plane.tick_params(which="both", length=0, colors=_MUTED)
+    plane.tick_params(which="both", length=0, colors=MUTED)
     for spine in plane.spines.values():
         spine.set_visible(False)
-    plane.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(-0.01, 1.0), labelcolor=_INK, fontsize=9)
-    figure.suptitle(title, x=0.02, ha="left", color=_INK, fontsize=11, fontweight="bold")
+
+
+def save(figure, title: str, path: Path) -> None:
+    """Write the picture, under its title."""
+    figure.suptitle(title, x=0.02, ha="left", color=INK, fontsize=11, fontweight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def _thousands(length: int) -> str:
+def thousands(length: int) -> str:
+    """4096 as 4k."""
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)

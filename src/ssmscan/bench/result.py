@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ HEADLINE = "headline"
 SWEEP = "length sweep"
 STEP = "decode step, graph replay"
 DIRECTIONS = ("fwd", "fwdbwd")
-# Files beside those of the operations: of whole models, transformers' models and other libraries.
-BESIDE = ("models", "others", "transformers")
+# Files beside those of the operations: of whole models, the papers' figures, transformers' models, other libraries.
+BESIDE = ("models", "figures", "others", "transformers")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def read_all(folder: Path) -> list[Result]:
     return [Result.read(path) for path in sorted(folder.glob("*/*.json")) if path.stem not in BESIDE]
 
 
+def read_rows(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each machine's ``<name>.json`` under ``folder``."""
+    paths = sorted(folder.glob(f"*/{name}.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def machine(device: str) -> str:
     """The machine's name in a path: "h200" of an NVIDIA H200, "h100" of an NVIDIA H100 80GB HBM3, or "cpu"."""
     return _short(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
@@ -113,10 +120,17 @@ def _git(*arguments: str) -> str:
 
 
 def replace_rows(path: Path, rows: Sequence[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
-    """Write ``rows`` into a file of rows, in place of those with the same values of ``key``; all that it then holds."""
+    """Write ``rows`` into a file of rows, in place of those with the same values of ``key``; all that it then holds.
+
+    Several processes, each with a GPU of its own, may write into one file.
+    """
+    # Of the extra `train`, as are the models whose rows these are.
+    from filelock import FileLock
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    new = {tuple(row[name] for name in key) for row in rows}
-    rows = [row for row in kept if tuple(row[name] for name in key) not in new] + [*rows]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with FileLock(Path(gettempdir()) / f"ssmscan-{path.parent.name}-{path.stem}.lock"):
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        new = {tuple(row[name] for name in key) for row in rows}
+        rows = [row for row in kept if tuple(row[name] for name in key) not in new] + [*rows]
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

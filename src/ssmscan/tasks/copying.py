@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmscan.shapes import check_integer, error
 from ssmscan.tasks.rendering import LETTERS, show_recall
-from ssmscan.tasks.task import IGNORE, Batch, Split, Task, generator
+from ssmscan.tasks.task import IGNORE, Batch, Split, Task, check_shortest, draw_length, generator
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Copying(Task):
         symbols: number of data symbols, 1 to 62 (a letter or digit each when rendered).
         data_tokens: how many an example holds (tokens).
         length: what comes before the first marker (tokens).
+        shortest: where given, a training batch has one of the lengths ``length``, ``length // 2``, ``length // 4``, …
+            that are not below it (tokens). What the short ones teach early, the long ones then extend.
 
     Raises:
         TypeError: an argument that is not an integer.
-        ValueError: symbols outside 1 … 62, or data_tokens outside 1 … length.
+        ValueError: symbols outside 1 … 62, data_tokens outside 1 … length, or shortest outside data_tokens … length.
 
     The task is that of Arjovsky, Shah and Bengio, "Unitary Evolution Recurrent Neural Networks" (2016), section 5.1.
 
@@ -43,6 +45,7 @@ class Copying(Task):
     symbols: int = 16
     data_tokens: int = 8
     length: int = 64
+    shortest: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("symbols", "data_tokens", "length"):
@@ -51,6 +54,7 @@ class Copying(Task):
             raise ValueError(error(self.name, f"symbols must be 1 to {len(LETTERS)}", self.symbols))
         if self.data_tokens > self.length:
             raise ValueError(error(self.name, f"data_tokens must be 1 to length = {self.length}", self.data_tokens))
+        check_shortest(self.name, self.shortest, self.data_tokens, self.length)
 
     @property
     def noise(self) -> int:
@@ -75,15 +79,16 @@ class Copying(Task):
 
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
         random = generator(seed, index, split)
+        length = draw_length(random, self.length, self.shortest if split == "train" else None)
         data = random.integers(self.symbols, size=(size, self.data_tokens))
-        tokens = np.full((size, self.length + self.data_tokens), self.noise)
-        np.put_along_axis(tokens, self._positions(random, size), data, 1)
-        tokens[:, self.length :] = self.marker
+        tokens = np.full((size, length + self.data_tokens), self.noise)
+        np.put_along_axis(tokens, self._positions(random, size, length), data, 1)
+        tokens[:, length:] = self.marker
         targets = np.full_like(tokens, IGNORE)
-        targets[:, self.length :] = data
+        targets[:, length:] = data
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
 
-    def _positions(self, random: np.random.Generator, size: int) -> np.ndarray:
+    def _positions(self, random: np.random.Generator, size: int, length: int) -> np.ndarray:
         """Where the data tokens stand, (size, data_tokens), increasing along each row."""
         return np.tile(np.arange(self.data_tokens), (size, 1))
 

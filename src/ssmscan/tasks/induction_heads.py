@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmscan.shapes import check_integer, error
 from ssmscan.tasks.rendering import LETTERS, show_recall
-from ssmscan.tasks.task import IGNORE, Batch, Measure, Split, Task, generator
+from ssmscan.tasks.task import IGNORE, Batch, Measure, Split, Task, check_shortest, draw_length, generator
 
 if TYPE_CHECKING:
     from ssmscan.models import SSMForCausalLM
@@ -71,10 +71,7 @@ class InductionHeads(Task):
         if self.symbols > len(LETTERS):
             raise ValueError(error(self.name, f"symbols must be 1 to {len(LETTERS)}", self.symbols))
         check_integer(self.name, "length", self.length, _SHORTEST)
-        if self.shortest is not None:
-            check_integer(self.name, "shortest", self.shortest, _SHORTEST)
-            if self.shortest > self.length:
-                raise ValueError(error(self.name, f"shortest must be at most length = {self.length}", self.shortest))
+        check_shortest(self.name, self.shortest, _SHORTEST, self.length)
         if not isinstance(self.test_lengths, tuple):
             raise TypeError(error(self.name, "test_lengths must be a tuple of integers", repr(self.test_lengths)))
         for length in self.test_lengths:
@@ -98,9 +95,8 @@ class InductionHeads(Task):
         return self.length
 
     def batch(self, size: int, seed: int, index: int, split: Split) -> Batch:
-        random, length = generator(seed, index, split), self.length
-        if self.shortest is not None and split == "train":
-            length >>= int(random.integers((length // self.shortest).bit_length()))
+        random = generator(seed, index, split)
+        length = draw_length(random, self.length, self.shortest if split == "train" else None)
         examples = _Examples(self, random, size, length)
         tokens = examples.read(length)
         targets = torch.full_like(tokens, IGNORE)

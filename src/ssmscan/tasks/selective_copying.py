@@ -28,8 +28,8 @@ class SelectiveCopying(Copying):
 
     name: ClassVar[str] = "selective_copying"
 
-    def _positions(self, random: np.random.Generator, size: int) -> np.ndarray:
+    def _positions(self, random: np.random.Generator, size: int, length: int) -> np.ndarray:
         # Row by row, with as many random numbers as there are data tokens: one for each place, sorted, takes thirty
         # times as long in 4096 places.
-        rows = [random.choice(self.length, self.data_tokens, replace=False, shuffle=False) for _ in range(size)]
+        rows = [random.choice(length, self.data_tokens, replace=False, shuffle=False) for _ in range(size)]
         return np.sort(rows, 1)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.shapes import check_integer, error
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -154,3 +156,17 @@ def generator(seed: int, index: int, split: Split) -> np.random.Generator:
     key = np.array([seed, _SPLITS.index(split)], dtype=np.uint64)
     counter = np.array([0, 0, 0, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def check_shortest(task: str, shortest: int | None, least: int, length: int) -> None:
+    """``shortest`` of a task is None or a length of examples, ``least`` to ``length`` (tokens)."""
+    if shortest is None:
+        return
+    check_integer(task, "shortest", shortest, least)
+    if shortest > length:
+        raise ValueError(error(task, f"shortest must be at most length = {length}", shortest))
+
+
+def draw_length(random: np.random.Generator, length: int, shortest: int | None) -> int:
+    """One of ``length``, ``length // 2``, ``length // 4``, … that are not below ``shortest``; ``length`` where None."""
+    return length if shortest is None else length >> int(random.integers((length // shortest).bit_length()))

@@ -1,4 +1,4 @@
-"""The two ways in which a run fails."""
+"""The ways in which a run ends before it is done."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """The run started, and did not get where it should."""
+
+
+class Terminated(Exception):  # noqa: N818
+    """The run was told to end by SIGTERM; a checkpoint of its last step was written."""

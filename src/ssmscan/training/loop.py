@@ -15,12 +15,13 @@ from ssmscan.training import checkpoint
 from ssmscan.training.batches import batches
 from ssmscan.training.clock import Clock
 from ssmscan.training.config import Target, TrainConfig
-from ssmscan.training.errors import RunError, UsageError
+from ssmscan.training.errors import RunError, Terminated, UsageError
 from ssmscan.training.evaluation import evaluate, means, scored
 from ssmscan.training.folder import claimed, replace_text
 from ssmscan.training.optim import learning_rate, make_optimizer
 from ssmscan.training.report import Report, plot
 from ssmscan.training.step import Step, autocast
+from ssmscan.training.termination import termination
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
     Raises:
         UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
         RunError: the loss or its gradient is not finite (the update is not made), or the target was not reached.
+        Terminated: SIGTERM has come. A checkpoint of the last step was written, and the run can be continued.
         OSError: a file could not be written. It is named, and the run can be continued.
 
     Example:
@@ -69,7 +71,7 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
     update = Step(model, make_optimizer(model, config.optim), config, device)
     with claimed(config, resume) as folder:
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
-        with Report(folder, config, step) as report:
+        with Report(folder, config, step) as report, termination() as terminated:
             clock = Clock(config, model, device, seconds)
             last, late = report.newest("eval"), Late()
             for batch in batches(config, step):
@@ -77,7 +79,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                 step += 1
                 clock.tokens += batch.tokens.numel()
                 evaluates = step % config.eval_every == 0 or step == config.steps
-                saves = step % config.save_every == 0 or clock.save_is_due()
+                ends = terminated()
+                saves = step % config.save_every == 0 or clock.save_is_due() or ends
                 for read, numbers in late.take(everything=evaluates or saves):
                     loss, norm, halted = numbers.tolist()
                     if halted:
@@ -99,6 +102,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
                     with clock.paused():
                         checkpoint.save(folder / "checkpoints", step, update, task, clock.seconds(), config.keep)
                         clock.saved()
+                if ends:
+                    raise Terminated
 
             if last is None or last["step"] != step:
                 last = report.evaluation(step, evaluate(model, config), clock.seconds())

@@ -102,7 +102,8 @@ def _wandb(config: TrainConfig) -> Any:
     """A run of Weights & Biases that follows the TensorBoard log; it must begin before that."""
     import wandb
 
-    return wandb.init(project=config.wandb, name=config.out, config=plain(config), sync_tensorboard=True)
+    named = {"project": config.wandb, "name": config.out, "dir": config.out}
+    return wandb.init(**named, config=plain(config), sync_tensorboard=True)
 
 
 def read_log(path: Path, last: int) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class Text(Task):
             tokens has been divided already.
         separator: a line of a .txt file that stands between two documents; null is that each file is one document.
         packing: documents is that nothing passes from one document to the next, neither a state nor what is foretold;
-            concatenate takes the stream as one text.
+            concatenate takes the stream as one text, whose batches all have one shape.
         verify: compare the checksum of each file of tokens at every start, a second for each gigabyte; their sizes are
             compared in any case.
         sha256: of the data and the tokenizer; others are refused. Without it any are taken; a run writes it down.
@@ -216,7 +216,7 @@ def rows(corpus: Corpus, part: Part, places: np.ndarray, length: int, documents:
         begins[:, 1:] |= stream[:, :-1] == corpus.index.end_of_text
     begins[:, 0] = False
     tokens, targets = stream[:, :-1].copy(), np.where(begins[:, 1:], IGNORE, stream[:, 1:])
-    starts = torch.from_numpy(begins[:, :-1]) if begins[:, :-1].any() else None
+    starts = torch.from_numpy(begins[:, :-1]) if documents and begins[:, :-1].any() else None
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), starts)
 
 

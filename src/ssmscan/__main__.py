@@ -1,0 +1,7 @@
+"""The command as a module: ``python -m ssmscan``."""
+
+import sys
+
+from ssmscan.cli import main
+
+sys.exit(main())

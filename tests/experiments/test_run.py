@@ -1,0 +1,137 @@
+"""Running experiments: what runs where and when, and what a cut leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import run as running
+from experiments.plan import read
+from ssmscan import cli
+
+ROOT = Path(__file__).parents[2]
+
+PLAN = """
+pairs:
+  recipe: demo
+  slots: 2
+  runs: {a: {}, b: {optim.lr: -1}, c: {}}
+alone:
+  recipe: demo
+  runs: {d: {optim.lr: {best_of: pairs/*}}, e: {}, f: {optim.lr: {best_of: pairs/b*}}}
+"""
+
+
+class Process:
+    """What Popen makes: a training that ends after three looks, as its learning rate says."""
+
+    started: list["Process"] = []  # noqa: RUF012
+
+    def __init__(self, args, stdout, stderr, env, start_new_session):
+        self.args, self.looks, self.returncode = args, 0, None
+        self.name = "/".join(Path(args[-1]).parts[-2:])
+        self.beside = [process.name for process in self.started if process.returncode is None]
+        self.gpu, self.started_alone = env["CUDA_VISIBLE_DEVICES"], start_new_session
+        self.stderr = Path(stderr.name)
+        self.started.append(self)
+
+    def poll(self):
+        self.looks += 1
+        if self.looks == 3:
+            self.returncode = int("-1" in self.args)
+            if self.returncode:
+                self.stderr.write_text("warning: it is late\noptim: lr must be positive and finite, got -1.\n")
+            else:
+                folder = Path(self.args[-1])
+                folder.mkdir(parents=True)
+                (folder / "metrics.json").write_text('{"evaluation": {"loss": 1}}')
+        return self.returncode
+
+
+def _read(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return read([tmp_path / "plan.yaml"], tmp_path / "runs")
+
+
+def test_runs_share_gpus_and_wait_for_others(tmp_path, monkeypatch):
+    runs = _read(tmp_path)
+    for run in runs[:3:2]:
+        run.options["optim.lr"] = 1e-3
+    monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    monkeypatch.setattr(running.subprocess, "Popen", Process)
+    running.work(runs, running.Machine(2, tmp_path / "records", "0123456"), minutes=1)
+    # No room for e beside a, b and c, and none for what waits for them.
+    assert [(p.name, p.gpu, p.beside) for p in Process.started] == [
+        ("pairs/a-0", "3", []),
+        ("pairs/b-0", "5", ["pairs/a-0"]),
+        ("pairs/c-0", "3", ["pairs/a-0", "pairs/b-0"]),
+        ("alone/d-0", "3", []),
+        ("alone/e-0", "5", ["alone/d-0"]),
+    ]
+    assert all(process.started_alone for process in Process.started)
+    assert [run.status for run in runs] == ["finished", "failed", "finished", "finished", "finished", "failed"]
+    errors = [json.loads(path.read_text())["error"] for path in sorted((tmp_path / "records").glob("*/*/record.json"))]
+    none, refused = "got none of pairs/b*.", "optim: lr must be positive and finite, got -1."
+    assert errors == [None, None, f"alone/f-0: optim.lr must be that of a finished run, {none}", None, refused, None]
+    assert [run.status for run in _read(tmp_path)] == [run.status for run in runs]
+
+
+def test_gpus_are_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert list(running.Machine(2, tmp_path, None).free) == ["3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert list(running.Machine(2, tmp_path, None).free) == ["0", "1"]
+    assert list(running.Machine(0, tmp_path, None).free) == [""]
+
+
+def test_what_others_wait_for_must_be_there(tmp_path):
+    runs = _read(tmp_path)[3:4]
+    running.work(runs, running.Machine(1, tmp_path / "records", None), minutes=1)
+    assert runs[0].status is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
+def test_a_cut_changes_nothing(tmp_path, monkeypatch):
+    """SIGTERM in the midst, then the same command again: the log and the model of a run never stopped."""
+    monkeypatch.chdir(tmp_path)
+    options = "steps: 400, batch_size: 2, eval_every: 100, eval_tokens: 64, log_every: 1, target: null, device: cpu"
+    shape = "task.length: 8, task.data_tokens: 2, model.layers: 2, model.hidden_size: 16"
+    Path("plan.yaml").write_text(
+        f"tiny: {{recipe: demo, options: {{{options}, {shape}}}, runs: {{a: {{}}, b: {{steps: 2}}, c: {{steps: 0}}}}}}"
+    )
+    command = [sys.executable, "-m", "experiments.run", "plan.yaml", "--gpus", "0", "--records", "kept"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT))), "OMP_NUM_THREADS": "1"}
+    log = Path("runs/tiny/a-0/log.jsonl")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        while not (log.is_file() and log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    assert not Path("kept").exists()
+    assert len(list(Path("runs/tiny/a-0/checkpoints").iterdir())) == 1
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    # Once more there is nothing to do, but to record what there is.
+    shutil.rmtree("kept")
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    status = {path.parent.name: json.loads(path.read_text())["status"] for path in Path("kept").glob("*/*/record.json")}
+    assert status == {"a-0": "finished", "b-0": "finished", "c-0": "failed"}
+
+    assert cli.main(["train", "--config", "kept/tiny/a-0/config.yaml", "--out", "whole"]) == 0
+    assert Path("whole/model.safetensors").read_bytes() == Path("runs/tiny/a-0/model.safetensors").read_bytes()
+    assert _log(Path("whole/log.jsonl")) == _log(log)
+
+
+def _log(path):
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("seconds", "tokens_per_second")}
+        for line in path.read_text().splitlines()
+    ]
