@@ -6,6 +6,7 @@ On the page a pair of markers, <!-- results: NAME --> and <!-- end of NAME -->, 
 where there are no runs of it.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -224,6 +225,7 @@ def write(records: Sequence[Record], page: str, images: Path) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     path = ROOT / "docs" / "experiments.md"
     written = write(read_records(ROOT / "experiments"), path.read_text(encoding="utf-8"), path.parent / "images")
     path.write_text(written, encoding="utf-8")

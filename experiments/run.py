@@ -25,6 +25,7 @@ the order of the files, and none overtakes another that only waits for a GPU.
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class Machine:
         threads = max(1, (os.cpu_count() or 1) // (len(self.free) * run.slots))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-        _say(f"{run.name}: ssmscan {' '.join(arguments)}")
+        _say(f"{run.name}: ssmscan {shlex.join(arguments)}")
         with output.open("wb") as out, run.beside(".err").open("wb") as err:
             # In a session of its own, for Ctrl-C is for this process alone, which then stops the others in order.
             process = subprocess.Popen(
@@ -146,8 +147,8 @@ def work(runs: Sequence[Run], machine: Machine, minutes: float) -> None:
             time.sleep(0.1)
     finally:
         machine.stop()
-    unfinished = sum(run.status is None for run in runs)
-    _say(f"{len(runs) - unfinished} of {len(runs)} runs have ended")
+        unfinished = sum(run.status is None for run in runs)
+        _say(f"{len(runs) - unfinished} of {len(runs)} runs have ended")
 
 
 def main() -> None:
@@ -165,13 +166,18 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     machine = Machine(arguments.gpus, arguments.records, arguments.commit)
     runs = [run for run in read(arguments.files, arguments.runs) if fnmatch(run.name, arguments.only)]
+    if not runs:
+        parser.error(f"--only must match a name, group/run-seed, of the files, got {arguments.only}.")
     for run in runs:
         if arguments.again and run.status == "failed":
             run.status = None
         elif run.status is not None:
             # It may have been recorded elsewhere.
             machine.record(run)
-    work(runs, machine, arguments.minutes)
+    try:
+        work(runs, machine, arguments.minutes)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -139,10 +139,17 @@ def _train(config: TrainConfig, resume: bool) -> int:
     except (RunError, torch.OutOfMemoryError) as reason:
         return _fail(_one_line(str(reason)), 1)
     except KeyboardInterrupt:
-        return _fail(f"train: interrupted.{_how_to_go_on(config)}", INTERRUPTED)
+        return _stopped("interrupted", config, INTERRUPTED)
     except Terminated:
-        return _fail(f"train: terminated, after a checkpoint.{_how_to_go_on(config)}", TERMINATED)
+        return _stopped("terminated, after a checkpoint", config, TERMINATED)
     return 0
+
+
+def _stopped(how: str, config: TrainConfig, status: int) -> int:
+    """The status of a run that was told to end, of which its first process tells."""
+    from ssmscan.training.ranks import is_first
+
+    return _fail(f"train: {how}.{_how_to_go_on(config)}", status) if is_first() else status
 
 
 def _told(measures: dict[str, float]) -> str:
@@ -151,13 +158,17 @@ def _told(measures: dict[str, float]) -> str:
 
 def _how_to_go_on(config: TrainConfig) -> str:
     """The command that continues an unfinished run; nothing where there is none."""
+    from ssmscan.training.ranks import started
+
     folder = Path(config.out)
     unfinished = (folder / "config.yaml").is_file() and not (folder / "metrics.json").is_file()
-    return f" Continue with ssmscan train --resume {config.out}." if unfinished else ""
+    command = "ssmscan" if started() == 1 else "torchrun … -m ssmscan"
+    return f" Continue with {command} train --resume {config.out}." if unfinished else ""
 
 
 def _fail(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    # In one piece, for other processes may write there as well.
+    print(f"{message}\n", end="", file=sys.stderr)
     return status
 
 

@@ -1,6 +1,7 @@
 """The experiments' files, what is kept of their runs, and the page that is made of it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,14 @@ def test_what_was_not_run_is_absent(records, tmp_path):
     assert some.count("![") == 1
     with pytest.raises(ValueError, match="page must hold <!-- results: log -->"):
         report.insert("", "log", "")
+
+
+def test_help_writes_no_page(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", "--help"])
+    monkeypatch.setattr(report, "write", lambda page, *_: pytest.fail("written"))
+    with pytest.raises(SystemExit, match="0"):
+        report.main()
+    assert "docs/experiments.md" in capsys.readouterr().out
 
 
 def test_the_page_shows_what_is_recorded(tmp_path):

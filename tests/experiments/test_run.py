@@ -91,6 +91,37 @@ def test_gpus_are_those_that_are_there(tmp_path, monkeypatch):
     assert list(running.Machine(0, tmp_path, None).free) == [""]
 
 
+def test_a_command_can_be_given_to_a_shell(tmp_path, monkeypatch, capsys):
+    run = _read(tmp_path)[4]
+    run.options["target"] = "accuracy >= 0.9"
+    monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setattr(running.subprocess, "Popen", Process)
+    running.work([run], running.Machine(0, tmp_path / "records", None), minutes=1)
+    assert " --target 'accuracy >= 0.9' " in capsys.readouterr().out
+
+
+def test_a_pattern_must_match_a_run(tmp_path, monkeypatch, capsys):
+    _read(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "plan.yaml"), "--only", "par/*"])
+    with pytest.raises(SystemExit, match="2"):
+        running.main()
+    assert "--only must match a name, group/run-seed, of the files, got par/*." in capsys.readouterr().err
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    """The sum of what has ended, and no traceback."""
+
+    def interrupted(machine):
+        raise KeyboardInterrupt
+
+    _read(tmp_path)
+    monkeypatch.setattr(running.Machine, "advance", interrupted)
+    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "plan.yaml"), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="130"):
+        running.main()
+    assert capsys.readouterr().out.endswith("0 of 6 runs have ended\n")
+
+
 def test_what_others_wait_for_must_be_there(tmp_path):
     runs = _read(tmp_path)[3:4]
     running.work(runs, running.Machine(1, tmp_path / "records", None), minutes=1)

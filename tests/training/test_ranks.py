@@ -316,10 +316,12 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
 
 
 def test_a_process_that_is_told_to_end_ends_all(tmp_path):
-    """After a checkpoint of the same step."""
+    """After a checkpoint of the same step; the first process tells how to go on, as several."""
     ended, told = _start(2, tmp_path, _command, _free_port(), _be_told_to_end_at_the_third_step)
     assert ended == [cli.TERMINATED] * 2, told
-    assert all("train: terminated, after a checkpoint." in text for text in told)
+    command = f"torchrun … -m ssmscan train --resume {tmp_path / 'run'}"
+    assert f"train: terminated, after a checkpoint. Continue with {command}.\n" in told[0]
+    assert "train:" not in told[1]
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000003"]
 
@@ -348,7 +350,11 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "environment", "message"),
     [
-        ({"mesh": MeshConfig(dp=2)}, {}, r"dp · cp · tp must be the 1 processes that were started, got 2 · 1 · 1"),
+        (
+            {"mesh": MeshConfig(dp=2)},
+            {},
+            r"the 1 processes that were started, got 2 · 1 · 1\. Start 2 by .*, or give another --mesh\.",
+        ),
         ({"mesh": MeshConfig(cp=3)}, {"WORLD_SIZE": "4"}, "the 4 processes that were started, got 1 · 3 · 1"),
         ({"batch_size": 3}, {"WORLD_SIZE": "2"}, "batch_size must be a multiple of dp = 2, got 3"),
         ({"micro_batch_size": 4}, {"WORLD_SIZE": "2"}, "micro_batch_size must divide batch_size / dp = 2, got 4"),

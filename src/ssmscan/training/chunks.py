@@ -107,7 +107,7 @@ def chunked_backward(
 def check_carries(model: SSMForCausalLM, packed: bool) -> None:
     """Refuse a model that cannot read a sequence chunk by chunk, or sequences that are ``packed``."""
     if any(_growing(model)) and packed:
-        advice = "Concatenate them into one sequence."
+        advice = "Concatenate them into one sequence (in a run: task.packing: concatenate)."
         rule = "packed sequences must have no attention, which would keep as much of each as of the longest"
         raise NotImplementedError(error("chunked_backward", rule, "both", advice))
 

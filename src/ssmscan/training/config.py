@@ -115,7 +115,8 @@ class MeshConfig:
         others = self.cp * self.tp
         dp = max(processes // others, 1) if self.dp is None else self.dp
         rule = f"dp · cp · tp must be the {processes} processes that were started"
-        advice = f"Start {dp * others} by torchrun --nproc-per-node {dp * others} -m ssmscan train …"
+        command = f"torchrun --nproc-per-node {dp * others} -m ssmscan train …"
+        advice = f"Start {dp * others} by {command}, or give another --mesh."
         if dp * others != processes:
             raise ValueError(error("mesh", rule, f"{dp} · {self.cp} · {self.tp}", advice))
         return {"dp": dp, "cp": self.cp, "tp": self.tp}

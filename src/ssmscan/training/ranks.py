@@ -79,7 +79,7 @@ def device_of(config: TrainConfig) -> torch.device:
         if config.cuda_graph:
             raise UsageError(error("train", "cuda_graph must be false without CUDA", "true"))
         return torch.device("cpu")
-    if _started() == 1:
+    if started() == 1:
         return torch.device("cuda")
     local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= devices:
@@ -96,7 +96,7 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
         UsageError: another number of processes than the mesh has, or what several cannot do.
         RunError: another process is gone.
     """
-    device, processes = device_of(config), _started()
+    device, processes = device_of(config), started()
     try:
         sizes = config.mesh.sizes(processes)
     except ValueError as reason:
@@ -115,6 +115,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _started() -> int:
+def started() -> int:
     """How many processes torchrun has started, as it says in their environment."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else 1
