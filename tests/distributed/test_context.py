@@ -166,3 +166,7 @@ def test_refusals(alone):
         context_parallel(ssmscan.selective_scan, x, x[:, :2], A, B, B)
     with pytest.raises(ValueError, match="ssd: dt must have shape"):
         context_parallel(ssmscan.ssd, x[..., None], x[:, :2], A[:, 0], B[..., None], B[..., None])
+    with pytest.raises(TypeError, match="selective_scan: A_is_log must be True or False, got 'no'"):
+        context_parallel(ssmscan.selective_scan, x, x, A, B, B, A_is_log="no")
+    with pytest.raises(TypeError, match="selective_scan: A must be float32, bfloat16"):
+        context_parallel(ssmscan.selective_scan, x, x, A.long(), B, B, A_is_log=True)
