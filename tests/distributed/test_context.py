@@ -81,8 +81,30 @@ def _worker(rank, ranks, folder):
             results.append(
                 {"y": y.detach(), "h": h.detach()} | {f"d{n}": g for n, g in zip(tensors, gradients, strict=True)}
             )
+    if ranks == 2:
+        _grows_from_nothing(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _grows_from_nothing(rank):
+    """A stretch whose decays overflow leaves a state of zero what it is, as one process does."""
+    x = torch.zeros(1, 300, 2)
+    x[:, -3:] = 1.0
+    decays = torch.full_like(x, 2.0)
+    own = slice(100 * rank, 100 + 200 * rank)
+    rates, ones = torch.ones(2, 1), torch.ones(1, 300, 1)
+    for op, along, rest in (
+        (ssmscan.linear_scan, (x, decays), ()),
+        (ssmscan.selective_scan, (x, torch.ones_like(x)), (rates, ones, ones)),
+        (ssmscan.ssd, (x[..., None], torch.ones_like(x)), (rates[:, 0], ones[..., None], ones[..., None])),
+    ):
+        expected, last = op(*along, *rest)
+        stretches = [part[:, own] if part.shape[:2] == (1, 300) else part for part in (*along, *rest)]
+        y, h = context_parallel(op, *stretches)
+        assert expected.isfinite().all()
+        assert torch.allclose(y, expected[:, own], rtol=1e-5)
+        assert torch.allclose(h, last, rtol=1e-5)
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS), ids=lambda ranks: f"{ranks} ranks")
@@ -144,3 +166,7 @@ def test_refusals(alone):
         context_parallel(ssmscan.selective_scan, x, x[:, :2], A, B, B)
     with pytest.raises(ValueError, match="ssd: dt must have shape"):
         context_parallel(ssmscan.ssd, x[..., None], x[:, :2], A[:, 0], B[..., None], B[..., None])
+    with pytest.raises(TypeError, match="selective_scan: A_is_log must be True or False, got 'no'"):
+        context_parallel(ssmscan.selective_scan, x, x, A, B, B, A_is_log="no")
+    with pytest.raises(TypeError, match="selective_scan: A must be float32, bfloat16"):
+        context_parallel(ssmscan.selective_scan, x, x, A.long(), B, B, A_is_log=True)

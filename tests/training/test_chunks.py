@@ -213,3 +213,10 @@ def test_refusals():
         chunked_backward(_model("hydra"), tokens, targets, 4)
     with pytest.raises(NotImplementedError, match="packed sequences must have no attention"):
         chunked_backward(_model("attention"), tokens[:1], targets[:1], 4, cu_seqlens=torch.tensor([0, 23]))
+    for bounds, message in (
+        ([0, 12, 6, 23], "cu_seqlens must not decrease, got 12 then 6"),
+        ([0, 30], "cu_seqlens must start at 0 and end at the length 23, got 0 … 30"),
+        ([0], "cu_seqlens must start at 0 and end at the length 23, got 0 … 0"),
+    ):
+        with pytest.raises(ValueError, match=f"chunked_backward: {message}"):
+            chunked_backward(_model("mamba2"), tokens[:1], targets[:1], 6, cu_seqlens=torch.tensor(bounds))

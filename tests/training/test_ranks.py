@@ -261,6 +261,10 @@ def _command(folder, port, spoil):
     sys.exit(cli.main(["train", "--config", str(folder / "run.yaml")]))
 
 
+def _nothing():
+    """Goes well."""
+
+
 def _die_at_the_fourth_step():
     steps, call = [], Step.__call__
 
@@ -324,6 +328,24 @@ def test_a_process_that_is_told_to_end_ends_all(tmp_path):
     assert "train:" not in told[1]
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step_00000002", "step_00000003"]
+
+
+def test_a_folder_that_is_taken_ends_all(tmp_path):
+    """By what the first process says, and by no advice to continue another's run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(SMALL))
+    ended, told = _start(2, tmp_path, _command, _free_port(), _nothing)
+    assert ended == [2, 2], told
+    assert "train: out must be a new folder, got " in told[0]
+    assert told[1].startswith("train: out must be a folder that the first process can have, got ")
+
+
+def test_a_run_is_not_continued_by_another_model(tmp_path):
+    """Several processes would read those weights of its checkpoint that have the same names."""
+    config = replace(SMALL, out=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with pytest.raises(UsageError, match=r"train: model must be that of .*, got \{'layers': 1\}"):
+        train(replace(config, model=replace(config.model, layers=1)), resume=True)
 
 
 def test_a_loss_that_is_not_finite_ends_all(tmp_path):

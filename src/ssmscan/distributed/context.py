@@ -13,7 +13,7 @@ from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, select
 from ssmscan.distributed.handover import handover, with_backward_of
 from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
-from ssmscan.shapes import INDEX, error, state_dtype
+from ssmscan.shapes import INDEX, check_flags, check_tensors, error, state_dtype
 
 OPERATIONS = (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
 
@@ -65,7 +65,9 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
         raise NotImplementedError(error("context_parallel", f"op must be one of {known}", getattr(op, "__name__", op)))
     bound = inspect.signature(op).bind(*args, **kwargs).arguments
     given = {name: value for name, value in bound.items() if value is not None}
+    check_flags(op.__name__, A_is_log=given.get("A_is_log", False))
     if given.pop("A_is_log", False):
+        check_tensors(op.__name__, {"A": given.get("A")})
         given["A"] = decay_rates(given["A"], True, torch.promote_types(given["A"].dtype, torch.float32))
     if op is ssd_bidirectional:
         return _bidirectional(group, **given)

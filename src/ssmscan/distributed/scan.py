@@ -47,7 +47,7 @@ def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tens
     if stretch.summary is not None:
         with torch.no_grad():
             decay, s = stretch.summary(**stretch.given)
-            s = s if known is None else s + decay * known
+            s = s if known is None else _after(decay, known, s)
     elif first:
         # Nothing is waited for, so the scan itself tells.
         y, h = stretch.run(h0=known)
@@ -60,7 +60,7 @@ def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tens
     decays, made = gather(stretch.group, stretch.reverse, decay, s)
     states = [made[0]]
     for decay, s in zip(decays[1:], made[1:], strict=True):
-        states.append(decay * states[-1] + s)
+        states.append(_after(decay, states[-1], s))
     if y is None or h is None:
         at = place(stretch.group, stretch.reverse)
         y, h = stretch.run(h0=known if first else states[at - 1])
@@ -70,6 +70,11 @@ def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tens
             if tensor.requires_grad:
                 h = with_backward_of(h, tensor)
     return _Meet.apply(stretch, first, decays, states[-1], y, h, *tensors.values())
+
+
+def _after(decay: Tensor, before: Tensor, s: Tensor) -> Tensor:
+    """decay·before + s, where the decay of a stretch that grows may overflow: of a state of zero it is s."""
+    return torch.where(before == 0, s, decay * before + s)
 
 
 class _Meet(torch.autograd.Function):
@@ -99,7 +104,7 @@ class _Meet(torch.autograd.Function):
         # Each rank's own copy of the last state has a gradient.
         gradients = [dleavings.sum(0)]
         for decay, g in zip(decays.flip(0), gs.flip(0), strict=True):
-            gradients.append(decay.conj() * gradients[-1] + g)
+            gradients.append(_after(decay.conj(), gradients[-1], g))
         dh = gradients[dist.get_world_size(stretch.group) - 1 - place(stretch.group, stretch.reverse)]
         return None, None, None, None, dy, dh, *(None for _ in tensors)
 

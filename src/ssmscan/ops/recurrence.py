@@ -142,6 +142,17 @@ def scaled_exp(log_a: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(log_a - math.log(4) * k), k
 
 
+def grown(v: Tensor, log: Tensor) -> Tensor:
+    """v·exp(log), where exp(log) alone may overflow: of v = 0 it is 0."""
+    half = (log / 2).clamp(max=log_largest(v)).exp()
+    return v * half * half
+
+
+def log_largest(v: Tensor) -> int:
+    """A whole number below the logarithm of the largest number."""
+    return math.floor(math.log(torch.finfo(v.dtype).max))
+
+
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:
     """The same for a itself."""
     bound = _bound(a)

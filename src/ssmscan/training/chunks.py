@@ -12,6 +12,7 @@ from ssmscan.layers.state import Held
 from ssmscan.models import SSMForCausalLM
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.loss import IGNORE
+from ssmscan.ops.packing import check_cu_seqlens
 from ssmscan.shapes import check_integer, check_rank, error
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def chunked_backward(
         the loss, a scalar without a gradient.
 
     Raises:
-        TypeError, ValueError: a chunk that is not a positive integer, a wrong shape.
+        TypeError, ValueError: a chunk that is not a positive integer, a wrong shape, bounds that do not fit.
         NotImplementedError: a layer that reads the sequence from both ends; attention over packed sequences.
         RuntimeError: a model under gradient checkpointing, which would compute each chunk a third time.
 
@@ -96,6 +97,10 @@ def chunked_backward(
     if num_items_in_batch is None:
         num_items_in_batch = (shift_labels != IGNORE).sum()
     check_carries(model, packed=cu_seqlens is not None)
+    if cu_seqlens is not None:
+        # On the host, where they are cut, for of a chunk's own nothing would show that they were not in order.
+        cu_seqlens = cu_seqlens.cpu()
+        check_cu_seqlens("chunked_backward", cu_seqlens, cu_seqlens.new_empty(()).expand(input_ids.shape))
     parts = list(_chunks(input_ids, shift_labels, chunk, cu_seqlens))
     reader = _Reader(model, input_ids.shape[1], num_items_in_batch, stretch)
     state = [tensor for layer in model.make_cache(input_ids.shape[0], reader.longest).layers for tensor in layer.state]
@@ -215,14 +220,13 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _chunks(tokens: Tensor, targets: Tensor, size: int, cu_seqlens: Tensor | None) -> Iterator[_Chunk]:
     l = tokens.shape[1]
-    bounds = None if cu_seqlens is None else cu_seqlens.cpu()
     for first in range(0, max(l, 1), size):
         last = min(first + size, l)
         inputs = {"input_ids": tokens[:, first:last], "shift_labels": targets[:, first:last]}
-        if bounds is None:
+        if cu_seqlens is None:
             yield _Chunk(inputs, tokens.shape[0], True)
         else:
             # Of the sequences without tokens here nothing remains.
-            here = bounds.clamp(first, last).unique() - first
+            here = cu_seqlens.clamp(first, last).unique() - first
             inputs["cu_seqlens"] = here.to(tokens.device)
-            yield _Chunk(inputs, len(here) - 1, last not in bounds)
+            yield _Chunk(inputs, len(here) - 1, last not in cu_seqlens)

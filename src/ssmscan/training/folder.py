@@ -9,13 +9,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from ssmscan.shapes import error
-from ssmscan.training.config import TrainConfig, to_yaml
+from ssmscan.training.config import ModelConfig, TrainConfig, plain, to_yaml
 from ssmscan.training.errors import UsageError
 
 # All that a run leaves in its folder, beside the lock.
@@ -41,7 +42,7 @@ def claimed(config: TrainConfig, resume: bool) -> Iterator[Path]:
 
     Raises:
         UsageError: the folder cannot be written, or belongs to something else: other files, a finished run that is not
-            to be replaced, a run that is going on.
+            to be replaced, a run that is going on, one of another model that is to be continued.
     """
     folder = Path(config.out)
     if not resume:
@@ -53,6 +54,8 @@ def claimed(config: TrainConfig, resume: bool) -> Iterator[Path]:
             _clear(folder)
             with _writable(folder):
                 replace_text(folder / "config.yaml", to_yaml(config))
+        else:
+            _check_same_model(folder / "config.yaml", config)
         yield folder
 
 
@@ -98,6 +101,20 @@ def _check_free(folder: Path, overwrite: bool) -> None:
                 f"Replace it with --overwrite true, or continue an unfinished one with --resume {folder}.",
             )
         )
+
+
+def _check_same_model(begun: Path, config: TrainConfig) -> None:
+    """Refuse to continue by another model, which may take some weights of a checkpoint and leave the others."""
+    if not begun.exists():
+        return
+    import yaml
+
+    before = replace(config, model=ModelConfig(**yaml.safe_load(begun.read_text(encoding="utf-8"))["model"]))
+    kept, given = plain(before)["model"], plain(config)["model"]
+    others = {name: value for name, value in given.items() if value != kept[name]}
+    if others:
+        rule = f"model must be that of {begun} to continue the run"
+        raise UsageError(error("train", rule, others, "Begin another in a new folder."))
 
 
 def _clear(folder: Path) -> None:

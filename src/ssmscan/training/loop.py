@@ -2,7 +2,8 @@
 
 import json
 import platform
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -64,7 +65,8 @@ def train(config: TrainConfig, resume: bool = False) -> Metrics:
         checkpoints, a TensorBoard log, and the model as :func:`ssmscan.models.load_pretrained` reads it.
 
     Raises:
-        UsageError: the folder is taken, the device or the data missing, or there is no such model. Nothing was written.
+        UsageError: the folder is taken, or its run has another model, the device or the data is missing, or there is no
+            such model. Nothing was written.
         RunError: the loss or its gradient is not finite (the update is not made), the target was not reached, or
             another process is gone.
         Terminated: SIGTERM has come. A checkpoint of the last step was written, and the run can be continued.
@@ -87,9 +89,7 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
     parameters, flops = model.num_parameters(), flops_per_token(model, task.example_length)
     model = ranks.arrange(model.to(device).train(), product_dtype(config.precision, device))
     update = Step(model, make_optimizer(model, config.optim), config, device, ranks)
-    with claimed(config, resume) if ranks.first else nullcontext(Path(config.out)) as folder:
-        # The others come once the folder is claimed.
-        ranks.meet()
+    with _claimed(config, resume, ranks) as folder:
         step, seconds = checkpoint.load(folder / "checkpoints", update) if resume else (0, 0.0)
         report = Report(folder, config, step) if ranks.first else Log(folder, step)
         with report, termination() as terminated:
@@ -153,6 +153,23 @@ def _train(config: TrainConfig, resume: bool, ranks: Ranks) -> Metrics:
             f"{step} steps. Train longer (--steps), or see log.jsonl for where it stalled."
         )
     return metrics
+
+
+@contextmanager
+def _claimed(config: TrainConfig, resume: bool, ranks: Ranks) -> Iterator[Path]:
+    """The run's folder, once the first process has claimed it; where that is refused, all of them end."""
+    folder, refusal = Path(config.out), None
+    with ExitStack() as stack:
+        try:
+            if ranks.first:
+                folder = stack.enter_context(claimed(config, resume))
+        except UsageError as reason:
+            refusal = reason
+        (refused,) = ranks.either(refusal is not None)
+        if refused:
+            rule = "out must be a folder that the first process can have"
+            raise refusal or UsageError(error("train", rule, config.out, "See what that process says."))
+        yield folder
 
 
 def _leave(

@@ -58,6 +58,7 @@ CASE = OpCase(
         Refusal("group_size", lambda call: call.update(group_size=4), ValueError, "group_size"),
         Refusal("group_size 0", lambda call: call.update(group_size=0), ValueError, "group_size"),
         Refusal("group_size 2.5", lambda call: call.update(group_size=2.5), TypeError, "group_size must be an integer"),
+        Refusal("group_size True", lambda call: call.update(group_size=True), TypeError, "group_size must be an int"),
         Refusal("dtype of integers", lambda call: call.update(dtype=torch.int32), TypeError, "dtype must be None"),
         Refusal("dtype in text", lambda call: call.update(dtype="float32"), TypeError, "dtype must be None"),
     ),

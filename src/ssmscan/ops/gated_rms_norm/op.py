@@ -78,7 +78,7 @@ def gated_rms_norm(
         raise TypeError(error("gated_rms_norm", "eps must be a number", repr(eps)))
     if not eps > 0:
         raise ValueError(error("gated_rms_norm", "eps must be above 0", eps))
-    if group_size is not None and not isinstance(group_size, int | torch.SymInt):
+    if isinstance(group_size, bool) or not isinstance(group_size, int | torch.SymInt | None):
         raise TypeError(error("gated_rms_norm", "group_size must be an integer or None", repr(group_size)))
     if dtype is not None and dtype not in FLOATING:
         rule = "dtype must be None, float32, bfloat16, float16 or float64"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.recurrence import grown
 from ssmscan.ops.selective_scan.autograd import Options
 from ssmscan.ops.selective_scan.op import check
 from ssmscan.shapes import state_dtype
@@ -60,6 +61,6 @@ def summary(
     width = x.shape[2] // v.shape[2]
     for part in zip(*(t.split(AT_ONCE, 1) for t in (sums, u.to(dtype), v.to(dtype))), strict=True):
         sums, u, v = part
-        weighted = torch.exp(sums[..., None] * rate) * u[..., None]
+        weighted = grown(u[..., None], sums[..., None] * rate)
         state += (weighted * v.repeat_interleave(width, 2)).sum(1)
     return decay, state

@@ -6,15 +6,13 @@ none is a difference of long sums, and a decay too large for a number is multipl
 any decay is safe, zero too.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.ops.cuts import Cuts, cut
 from ssmscan.ops.packing import last_tokens
-from ssmscan.ops.recurrence import carry, scaled_exp
+from ssmscan.ops.recurrence import carry, grown, log_largest, scaled_exp
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.shapes import state_dtype
 
@@ -93,19 +91,13 @@ def _logarithms(log_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return terms.cumsum(-2).masked_fill(~upto, -torch.inf), log_a.cumsum(-1), terms.sum(-2)
 
 
-def grown(v: Tensor, log: Tensor) -> Tensor:
-    """v·exp(log), where exp(log) alone may overflow: of v = 0 it is 0."""
-    half = (log / 2).clamp(max=_log_largest(v)).exp()
-    return v * half * half
-
-
 def _weighted(pairs: Tensor, growth: Tensor, scores: Tensor, X: Tensor) -> Tensor:
     """Σ_j exp(pairs_ij)·scores_ij·X_j; the decays beyond the root of the largest number are multiplied in three parts.
 
     A part of them goes with the tokens and a part with the outputs, those that may have such decays; ``growth`` is the
     part above zero of each token's log-decay.
     """
-    limit = _log_largest(X) / 2
+    limit = log_largest(X) / 2
     far = pairs > limit
     near = torch.where(far, -torch.inf, pairs).exp()
     beyond = torch.where(far, pairs.clamp(max=3 * limit) - 2 * limit, -torch.inf).exp()
@@ -113,8 +105,3 @@ def _weighted(pairs: Tensor, growth: Tensor, scores: Tensor, X: Tensor) -> Tenso
     before, after = ((v > limit).to(X.dtype) * limit for v in (upto[..., -1:] - upto, upto))
     y = ((beyond * scores) @ (before.exp()[..., None] * X)) * after.exp()[..., None]
     return y + (near * scores) @ X
-
-
-def _log_largest(v: Tensor) -> int:
-    """A whole number below the logarithm of the largest number."""
-    return math.floor(math.log(torch.finfo(v.dtype).max))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.backend import choose
+from ssmscan.ops.recurrence import grown
 from ssmscan.ops.ssd.autograd import Options
 from ssmscan.ops.ssd.op import check
-from ssmscan.ops.ssd.plain import grown
 from ssmscan.shapes import state_dtype
 
 
