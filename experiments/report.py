@@ -2,8 +2,7 @@
 
     python -m experiments.report
 
-On the page a pair of markers, <!-- results: NAME --> and <!-- end of NAME -->, holds what this writes of NAME: nothing,
-where there are no runs of it.
+On the page a pair of markers, <!-- results: NAME --> and <!-- end of NAME -->, holds what this writes of NAME.
 """
 
 import argparse
@@ -217,7 +216,7 @@ def write(records: Sequence[Record], page: str, images: Path) -> str:
     for name, section in SECTIONS.items():
         own = [record for record in records if record.group == name and record.about["status"] == "finished"]
         picture = images / f"{name}.png"
-        parts = [section(own, picture), origin(own)] if own else []
+        parts = [section(own, picture), origin(own)] if own else ["Not run yet."]
         if own and picture.is_file():
             parts.append(f"![{name.replace('_', ' ')}](images/{picture.name})")
         page = insert(page, name, "\n\n".join(parts))

@@ -37,17 +37,18 @@ from pathlib import Path
 
 from experiments.plan import Run, read
 from experiments.record import keep
+from ssmscan.bench.result import commit
 
 
 class Machine:
     """GPUs, or the processor where there are none, and the runs that are at work on them."""
 
-    def __init__(self, gpus: int, records: Path, commit: str | None) -> None:
+    def __init__(self, gpus: int, records: Path, source: str) -> None:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = given.split(",") if given else [str(gpu) for gpu in range(gpus)]
         # By what makes it the one visible GPU of a process.
         self.free = dict.fromkeys(names[:gpus] or [""], Fraction(1))
-        self.has_gpus, self.records, self.commit = gpus > 0, records, commit
+        self.has_gpus, self.records, self.commit = gpus > 0, records, source
         self.active: list[tuple[Run, str, subprocess.Popen[bytes]]] = []
 
     def has_room(self, run: Run) -> bool:
@@ -160,11 +161,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="also continue the runs that failed")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--records", type=Path, default=Path("experiments"), help="folder of what is kept")
-    parser.add_argument("--commit", help="the code's commit, for the records")
+    parser.add_argument("--commit", help="commit to record; without it, git is asked")
     arguments = parser.parse_args()
     # As Ctrl-C does, end the processes first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    machine = Machine(arguments.gpus, arguments.records, arguments.commit)
+    for path in arguments.files:
+        if not path.is_file():
+            parser.error(f"FILES must be files, got {path}.")
+    machine = Machine(arguments.gpus, arguments.records, arguments.commit or commit())
     runs = [run for run in read(arguments.files, arguments.runs) if fnmatch(run.name, arguments.only)]
     if not runs:
         parser.error(f"--only must match a name, group/run-seed, of the files, got {arguments.only}.")

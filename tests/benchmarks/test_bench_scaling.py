@@ -58,7 +58,7 @@ def test_page():
 
 
 def test_of_nothing():
-    assert scaling.page({}) == ""
+    assert scaling.page({}) == "Not measured yet."
 
 
 def test_picture(tmp_path):

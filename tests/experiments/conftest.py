@@ -24,6 +24,7 @@ SHORT = {
     "device": "cpu",
     "precision": "float32",
     "cuda_graph": False,
+    "compile": False,
 }
 SMALL = {
     "selective_copying": {"task.length": 64},

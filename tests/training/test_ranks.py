@@ -257,8 +257,10 @@ def _command(folder, port, spoil):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if os.environ["RANK"] == "1":
         spoil()
-    (folder / "run.yaml").write_text(to_yaml(replace(SMALL, out=str(folder / "run"))))
-    sys.exit(cli.main(["train", "--config", str(folder / "run.yaml")]))
+    # A file of its own, for another process may be reading that one's.
+    config = folder / f"run-{os.environ['RANK']}.yaml"
+    config.write_text(to_yaml(replace(SMALL, out=str(folder / "run"))))
+    sys.exit(cli.main(["train", "--config", str(config)]))
 
 
 def _nothing():

@@ -14,6 +14,8 @@ HEADER = ("what", "mesh", "GPUs", "tokens", "chunk", "time", "tokens/s", "per GP
 
 def page(machines: Mapping[str, Sequence[Row]]) -> str:
     """All machines, with the picture of each."""
+    if not machines:
+        return "Not measured yet."
     return "\n\n".join(
         f"{section(machine, rows)}\n\n![Several GPUs of {machine}](images/scaling-{machine}.png)"
         for machine, rows in machines.items()
