@@ -76,3 +76,20 @@ def test_segments(setting, monkeypatch):
     values = call.differentiate("triton")
     assert_close(values, call.differentiate("torch"), torch.float32)
     assert_same_bits(values, call.differentiate("triton"))
+
+
+@INTERPRETED
+def test_nothing_is_made_of_memory_that_was_not_written(monkeypatch):
+    """Whatever it held: the sum of two infinities warns here, and a warning is an error."""
+    empty = torch.Tensor.new_empty
+
+    def infinite(*arguments, **keywords):
+        tensor = empty(*arguments, **keywords)
+        if tensor.is_floating_point():
+            tensor.fill_(torch.inf).view(-1)[::3] = -torch.inf
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", infinite)
+    call = CASE.call(ALL, {"b": 1, "l": 50, "d": 140, "n": 2}, Setting("reverse", h0=True, reverse=True))
+    call = call.cast(torch.float32)
+    assert_close(call.differentiate("triton"), call.differentiate("torch"), torch.float32)

@@ -47,18 +47,19 @@ def separate_states(
     owner = tl.program_id(0) // blocks
     at = tl.program_id(0) % blocks * SUMS + tl.arange(0, SUMS)
     size = tl.cdiv(L, 4) * (8 * N)
-    totals = tl.zeros((PARTS, SUMS), tl.float32)
-    for first in range(0, programs, PARTS):
-        program = first + tl.arange(0, PARTS)
-        part = (owner.to(tl.int64) * programs + program) * size
-        mask = (program < programs)[:, None] & (at < size)[None, :]
-        totals += tl.load(parts + part[:, None] + at[None, :], mask=mask, other=0.0)
-    total = tl.sum(totals, 0)
     # Four steps, E numbers, a quarter of the states, the channels side by side in a warp.
     step = at // (8 * N) * 4 + at % 4
     eighth = at // (N * E) % CHANNELS * E + at // 4 % E
     state = at // (4 * E) % (N // 4) * 4 + eighth % 4
     inside = (at < size) & (step < L) & (state < n)
+    totals = tl.zeros((PARTS, SUMS), tl.float32)
+    for first in range(0, programs, PARTS):
+        program = first + tl.arange(0, PARTS)
+        part = (owner.to(tl.int64) * programs + program) * size
+        mask = (program < programs)[:, None] & (at < size)[None, :]
+        # What lies outside was not written, and is whatever the memory held.
+        totals += tl.where(inside[None, :], tl.load(parts + part[:, None] + at[None, :], mask=mask, other=0.0), 0.0)
+    total = tl.sum(totals, 0)
     time = (L - 1 - step if REVERSE else step).to(tl.int64)
     out = ((owner // groups).to(tl.int64) * L + time) * groups * n + owner % groups * n + state
     if dB is not None:
