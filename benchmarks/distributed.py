@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from ssmscan import selective_scan, ssd
 from ssmscan.bench.measure import COPY_BYTES, copy_gbps
+from ssmscan.bench.models.timing import settle
 from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 from ssmscan.distributed import context_parallel
 from ssmscan.models import SSMForCausalLM, preset
@@ -80,20 +81,15 @@ def slowest_ms(step: Callable[[], object], repeats: int, device: torch.device) -
     for i in range(2 + repeats):
         # On the CPU, by gloo.
         dist.all_reduce(torch.zeros(1))
-        synchronize(device)
+        settle(device.type)
         start = time.perf_counter()
         step()
-        synchronize(device)
+        settle(device.type)
         if i >= 2:
             times.append(1e3 * (time.perf_counter() - start))
     slowest = torch.tensor(times, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return statistics.median(slowest.tolist())
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def links(device: torch.device, size: int) -> dict[str, Any]:

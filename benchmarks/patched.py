@@ -10,13 +10,13 @@ tokens of 2 layers in float32 are compared; ``error`` is the largest difference 
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import ssmscan
+from ssmscan.bench.models.timing import seconds
 from ssmscan.bench.plot import speedups
 from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 
@@ -78,17 +78,6 @@ def step_of(model: torch.nn.Module, direction: str, batch: int, length: int, dev
             return model.eval().generate(ids[:, :PROMPT], max_new_tokens=NEW, do_sample=False)  # type: ignore[operator]
 
     return train if direction == "train" else generate
-
-
-def seconds(step: Callable[[], object], device: str) -> float:
-    """How long one step takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(name: str, direction: str, given: argparse.Namespace) -> dict[str, object]:

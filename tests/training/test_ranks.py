@@ -12,6 +12,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,28 +268,17 @@ def _nothing():
     """Goes well."""
 
 
-def _die_at_the_fourth_step():
+def _get_a_signal(number, step):
+    """As that step begins."""
     steps, call = [], Step.__call__
 
-    def killed(*arguments):
+    def signalled(*arguments):
         steps.append(None)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
         return call(*arguments)
 
-    Step.__call__ = killed
-
-
-def _be_told_to_end_at_the_third_step():
-    steps, call = [], Step.__call__
-
-    def told(*arguments):
-        steps.append(None)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return call(*arguments)
-
-    Step.__call__ = told
+    Step.__call__ = signalled
 
 
 def _spoil_the_third_loss():
@@ -312,7 +302,7 @@ def _free_port():
 def test_a_process_that_dies_ends_the_run(tmp_path):
     """In a line that says so, and how to go on; and one process goes on."""
     out = tmp_path / "run"
-    ended, told = _start(2, tmp_path, _command, _free_port(), _die_at_the_fourth_step)
+    ended, told = _start(2, tmp_path, _command, _free_port(), partial(_get_a_signal, signal.SIGKILL, 4))
     assert ended == [1, -signal.SIGKILL], told
     (line,) = (line for line in told[0].splitlines() if line.startswith("train:"))
     assert line.startswith("train: all processes must go on, got one that is gone (")
@@ -323,7 +313,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
 
 def test_a_process_that_is_told_to_end_ends_all(tmp_path):
     """After a checkpoint of the same step; the first process tells how to go on, as several."""
-    ended, told = _start(2, tmp_path, _command, _free_port(), _be_told_to_end_at_the_third_step)
+    ended, told = _start(2, tmp_path, _command, _free_port(), partial(_get_a_signal, signal.SIGTERM, 3))
     assert ended == [cli.TERMINATED] * 2, told
     command = f"torchrun … -m ssmscan train --resume {tmp_path / 'run'}"
     assert f"train: terminated, after a checkpoint. Continue with {command}.\n" in told[0]
