@@ -24,7 +24,7 @@ pairs:
   runs: {a: {}, b: {optim.lr: -1}, c: {}}
 alone:
   recipe: demo
-  runs: {d: {optim.lr: {best_of: pairs/*}}, e: {}, f: {optim.lr: {best_of: pairs/b*}}}
+  runs: {e: {}, d: {optim.lr: {best_of: pairs/*}}, f: {optim.lr: {best_of: pairs/b*}}}
 """
 
 
@@ -67,7 +67,7 @@ def test_runs_share_gpus_and_wait_for_others(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     monkeypatch.setattr(running.subprocess, "Popen", Process)
     running.work(runs, running.Machine(2, tmp_path / "records", "0123456"), minutes=1)
-    # No room for e beside a, b and c, and none for what waits for them.
+    # No room for e beside a, b and c, and what has waited for these comes before it.
     assert [(p.name, p.gpu, p.beside) for p in Process.started] == [
         ("pairs/a-0", "3", []),
         ("pairs/b-0", "5", ["pairs/a-0"]),
