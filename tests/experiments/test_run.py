@@ -92,7 +92,7 @@ def test_gpus_are_those_that_are_there(tmp_path, monkeypatch):
 
 
 def test_a_command_can_be_given_to_a_shell(tmp_path, monkeypatch, capsys):
-    run = _read(tmp_path)[4]
+    run = _read(tmp_path)[3]
     run.options["target"] = "accuracy >= 0.9"
     monkeypatch.setattr(Process, "started", [])
     monkeypatch.setattr(running.subprocess, "Popen", Process)
