@@ -348,7 +348,7 @@ def backward(
 
     # As many batch rows at once as fill the device: they share the scratch, and the sums of dB and dC over channels.
     walkers = groups * plan.blocks
-    at_once = min(max(config.programs // (walkers * plan.segments), 1), batch)
+    at_once = min(max(config.resident // (walkers * plan.segments), 1), batch)
     steps = -(-l // 4) * 4
     sums = bool(needs[2] or needs[5] or needs[7])
     # In one piece of memory: B and C; the sums of dB and dC of each program; the scratch; of each segment the sums for
