@@ -12,7 +12,7 @@ SHORTEST_SEGMENT = 64
 
 
 def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConfig, multiple: int) -> Cover:
-    """Segments of a ``multiple`` of steps; few walkers get enough to fill the device, each but the last for a summary."""
+    """Segments of a ``multiple`` of steps; few walkers get as many as fill the device, each but the last summarised."""
     blocks = -(-(d // groups) // config.BD)
     walkers = batch * groups * blocks
     wanted = min(config.programs // walkers, l // SHORTEST_SEGMENT) if walkers <= config.divided else 1
