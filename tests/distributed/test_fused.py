@@ -7,7 +7,6 @@ from importlib import import_module
 import pytest
 import torch
 
-from ssmscan import selective_scan, ssd
 from ssmscan.backend import why_not
 from ssmscan.distributed import scan
 from ssmscan.ops.selective_scan.case import CASE as SELECTIVE_SCAN
@@ -82,7 +81,7 @@ def _split(call, lengths, cotangents):
             for name, tensor in call.tensors.items()
         }
         summarised = scan.SUMMARISED[case.op]
-        backend, inputs, options = summarised.prepare(**leaves, **call.keywords, backend="triton")
+        _, inputs, options = summarised.prepare(**leaves, **call.keywords, backend="triton")
         place = ranks - 1 - rank if reverse else rank
         team = fused.Ranks(Seat(meeting, rank), ranks, place, reverse, place == 0)
         y, h = fused.fused_scan(summarised.operator, inputs, options, team)
@@ -120,12 +119,20 @@ def segmented(monkeypatch):
         monkeypatch.setattr(import_module(f"ssmscan.ops.{module}"), name, value)
 
 
-ROWS = [
-    pytest.param(case, option, setting, id=f"{case.name} {option.name} {setting.name}")
-    for case in SIZES
-    for option in case.options
-    for setting in (Setting("plain"), Setting("h0_reverse", h0=True, reverse=True))
-]
+SETTINGS = (Setting("plain"), Setting("h0_reverse", h0=True, reverse=True))
+
+
+def _rows(quick):
+    """All options in all settings, those slow that are not ``quick``."""
+    return [
+        pytest.param(
+            case, option, setting, marks=() if quick(option, setting) else pytest.mark.slow,
+            id=f"{case.name} {option.name} {setting.name}",
+        )
+        for case in SIZES
+        for option in case.options
+        for setting in SETTINGS
+    ]  # fmt: skip
 
 
 def _judge(case, option, setting, lengths):
@@ -137,11 +144,15 @@ def _judge(case, option, setting, lengths):
     assert rows == 2
 
 
-@pytest.mark.parametrize(("case", "option", "setting"), ROWS)
+@pytest.mark.parametrize(
+    ("case", "option", "setting"), _rows(lambda option, setting: "z" not in option.tensors or not setting.h0)
+)
 def test_stretches_of_one_segment(case, option, setting):
     _judge(case, option, setting, (5, 0, 13))
 
 
-@pytest.mark.parametrize(("case", "option", "setting"), ROWS)
+@pytest.mark.parametrize(
+    ("case", "option", "setting"), _rows(lambda option, setting: "z" in option.tensors and setting.h0)
+)
 def test_stretches_of_several_segments(case, option, setting, segmented):
     _judge(case, option, setting, (0, 50, 34, 1))

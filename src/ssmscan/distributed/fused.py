@@ -98,13 +98,13 @@ class _Entering:
         gathered = exchange(row, ranks.group)
 
         def entering() -> Tensor | None:
-            logs, made = (
-                part.unflatten(1, shape) for part, shape in zip(gathered().split(sizes, 1), (channels, states))
-            )
-            self.logs, self.leaving = logs.contiguous(), row.new_empty(states)
+            logs, made = gathered().split(sizes, 1)
+            # What the backward keeps is not the states of all ranks.
+            self.logs = logs.unflatten(1, channels).contiguous()
+            self.leaving = row.new_empty(states)
             before = None if ranks.first else row.new_empty(states)
-            stretches = Stretches(logs, made, own.rates)
-            compose(stretches, None, self.leaving, ranks.size, backward=ranks.reverse, before=before, place=ranks.place)
+            all_ranks = Stretches(self.logs, made.unflatten(1, states), own.rates)
+            compose(all_ranks, None, self.leaving, ranks.size, backward=ranks.reverse, before=before, place=ranks.place)
             # The first rank's own state has h0 in it.
             self.state = self.state if ranks.first else before
             return self.state
@@ -134,7 +134,8 @@ class _Returning:
             gs, dleavings = gathered().unflatten(1, row.shape).unbind(1)
             behind = ranks.size - 1 - ranks.place
             self.state = state = row.new_empty(states)
-            compose(Stretches(self.logs, gs, own.rates), dleavings, state, behind, backward=not ranks.reverse)
+            all_ranks = Stretches(self.logs, gs, own.rates)
+            compose(all_ranks, dleavings, state, behind, backward=not ranks.reverse)
             return state
 
         return entering

@@ -58,19 +58,18 @@ class Stretch(NamedTuple):
 def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tensor]:
     """y of this rank's stretch, and the state after the last one's. The scan begins at the ``first`` rank, from h0."""
     summarised = stretch.summarised
-    prepared = None
     if summarised is not None:
-        backend, *prepared = summarised.prepare(**stretch.given, h0=h0)
+        backend, inputs, options = summarised.prepare(**stretch.given, h0=h0)
         if backend == "triton":
             from ssmscan.distributed.fused import Ranks, fused_scan
 
-            return fused_scan(summarised.operator, *prepared, Ranks.of(stretch.group, stretch.reverse, first))
+            return fused_scan(summarised.operator, inputs, options, Ranks.of(stretch.group, stretch.reverse, first))
     tensors = {name: value for name, value in stretch.given.items() if isinstance(value, Tensor)}
     known = h0 if first else None
     y = h = None
-    if summarised is not None and prepared is not None:
+    if summarised is not None:
         with torch.no_grad():
-            decay, s = summarised.summary(*prepared)
+            decay, s = summarised.summary(inputs, options)
             s = s if known is None else _after(decay, known, s)
     elif first:
         # Nothing is waited for, so the scan itself tells.

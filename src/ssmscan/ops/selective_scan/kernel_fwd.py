@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E, sigmoid
-from ssmscan.ops._triton.compose import Stretches, Enter
+from ssmscan.ops._triton.compose import Enter, Stretches
 from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
@@ -275,7 +275,8 @@ def summarise(
 
 def stretches(elapsed: Tensor | None, totals: Tensor | None, A: Tensor) -> Stretches:
     """The summaries of whole segments, as others compose them."""
-    assert elapsed is not None and totals is not None
+    assert elapsed is not None
+    assert totals is not None
     return Stretches(elapsed.transpose(0, 1), totals.transpose(0, 1).mT, A)
 
 

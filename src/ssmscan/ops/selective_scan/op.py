@@ -167,7 +167,7 @@ def prepare(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, Inputs, Options]:
-    """Check the arguments of :func:`selective_scan`; return the backend that runs, and what its implementation takes."""
+    """Check the arguments of :func:`selective_scan`; return the backend that runs, and what its functions take."""
     B, C = check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
     check_flags("selective_scan", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)

@@ -59,8 +59,8 @@ def ssd_walk(
     """Walk one segment of the chunks, or give its SUMMARY: the logarithm of its decay, and its state from 0.
 
     SHIFT: a token's y is that of the token before it, 0 for the first (but for D, z and what is ``added``); the adjoint
-    then reads u at the token after it. A SUMMARY gates u by z, if it is given. UNIFORM: an initial state is one number. WHOLE: every chunk has all of its
-    tokens. FAR: they lie more than 2^31 elements apart.
+    then reads u at the token after it. UNIFORM: an initial state is one number. WHOLE: every chunk has all of its
+    tokens. FAR: they lie more than 2^31 elements apart. z gates y, or what a SUMMARY reads of its gradient.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
@@ -283,7 +283,7 @@ def _launch(
     final: Tensor | None = None,
     states: Tensor | None = None,
 ) -> None:
-    """Launch the kernel over all segments, with or without the ``last``, to summarise them if nothing else is written."""
+    """Launch the kernel over all segments, or all but the ``last``; where nothing else is written it summarises them."""
     _, l, heads, p = u.shape
     n = v.shape[3]
     delta, weights, sums = (t[scan] for t in steps)
