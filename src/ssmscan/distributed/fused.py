@@ -89,7 +89,7 @@ class _Entering:
         self.ranks, self.state = ranks, h0
 
     def __call__(self, own: Stretches) -> Callable[[], Tensor | None]:
-        ranks, (channels, states) = self.ranks, (own.logs.shape[1:], own.totals.shape[1:])
+        ranks, channels, states = self.ranks, own.logs.shape[1:], own.totals.shape[1:]
         sizes = [channels.numel(), states.numel()]
         row = own.logs.new_empty(sum(sizes))
         log, s = row.split(sizes)
@@ -129,7 +129,7 @@ class _Returning:
             row[1].copy_(self.dleaving)
         gathered = exchange(row.view(-1), ranks.group)
 
-        def entering() -> Tensor:
+        def returning() -> Tensor:
             # Each rank's own copy of the last state has a gradient.
             gs, dleavings = gathered().unflatten(1, row.shape).unbind(1)
             behind = ranks.size - 1 - ranks.place
@@ -138,4 +138,4 @@ class _Returning:
             compose(all_ranks, dleavings, state, behind, backward=not ranks.reverse)
             return state
 
-        return entering
+        return returning

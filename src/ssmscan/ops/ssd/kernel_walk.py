@@ -283,7 +283,7 @@ def _launch(
     final: Tensor | None = None,
     states: Tensor | None = None,
 ) -> None:
-    """Launch the kernel over all segments, or all but the ``last``; where nothing else is written it summarises them."""
+    """Launch the kernel over all segments, or all but the ``last``, to summarise them if nothing else is written."""
     _, l, heads, p = u.shape
     n = v.shape[3]
     delta, weights, sums = (t[scan] for t in steps)
