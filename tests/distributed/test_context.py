@@ -8,12 +8,15 @@ import torch.distributed as dist
 from ranks import start
 
 import ssmscan
+from ssmscan.backend import why_not
 from ssmscan.distributed import context_parallel
 from ssmscan.ops.cases import CASES
 from ssmscan.testing import PLAIN, Setting
 
 # Of these sizes are the stretches of the ranks, for a sequence of 23 tokens.
 SHARDS = {2: [(9, 14)], 4: [(0, 11, 1, 11), (2, 1, 1, 19)]}
+# The second is interpreted.
+BACKENDS = ("auto", "triton")[: 1 + (why_not("triton", "cpu", torch.float32) is None)]
 SETTINGS = (
     PLAIN,
     Setting("h0_reverse", h0=True, reverse=True),
@@ -94,17 +97,18 @@ def _grows_from_nothing(rank):
     decays = torch.full_like(x, 2.0)
     own = slice(100 * rank, 100 + 200 * rank)
     rates, ones = torch.ones(2, 1), torch.ones(1, 300, 1)
-    for op, along, rest in (
-        (ssmscan.linear_scan, (x, decays), ()),
-        (ssmscan.selective_scan, (x, torch.ones_like(x)), (rates, ones, ones)),
-        (ssmscan.ssd, (x[..., None], torch.ones_like(x)), (rates[:, 0], ones[..., None], ones[..., None])),
+    for op, along, rest, backends in (
+        (ssmscan.linear_scan, (x, decays), (), 1),
+        (ssmscan.selective_scan, (x, torch.ones_like(x)), (rates, ones, ones), 2),
+        (ssmscan.ssd, (x[..., None], torch.ones_like(x)), (rates[:, 0], ones[..., None], ones[..., None]), 2),
     ):
         expected, last = op(*along, *rest)
-        stretches = [part[:, own] if part.shape[:2] == (1, 300) else part for part in (*along, *rest)]
-        y, h = context_parallel(op, *stretches)
         assert expected.isfinite().all()
-        assert torch.allclose(y, expected[:, own], rtol=1e-5)
-        assert torch.allclose(h, last, rtol=1e-5)
+        stretches = [part[:, own] if part.shape[:2] == (1, 300) else part for part in (*along, *rest)]
+        for backend in BACKENDS[:backends]:
+            y, h = context_parallel(op, *stretches, backend=backend)
+            assert torch.allclose(y, expected[:, own], rtol=1e-5)
+            assert torch.allclose(h, last, rtol=1e-5)
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS), ids=lambda ranks: f"{ranks} ranks")

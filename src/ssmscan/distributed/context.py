@@ -24,8 +24,8 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
         h_{r+1} = P_r · h_r + s_r,    y_r = op(x_r, h0 = h_r)
 
     s_r is what rank r makes of no state, P_r the product of its decays. Both go to all ranks in one collective of
-    float32 numbers (float64 for float64 inputs), the size of two states whatever the length, and each rank composes the
-    state that enters it. A backward has a collective of its own.
+    float32 numbers (float64 for float64 inputs), at most the size of two states whatever the length, and each rank
+    composes the state that enters it. A backward has a collective of its own.
 
     Args:
         op: one of linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d and causal_conv1d.

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# The collective's name from PyTorch 2.13 on, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # From what all ranks sent, (ranks, ...) each, in scan order, to the states that enter them and the one that leaves the
 # last: (ranks + 1, ...).
 Compose = Callable[..., Tensor]
@@ -71,18 +74,25 @@ def place(group: dist.ProcessGroup, reverse: bool) -> int:
 
 def gather(group: dist.ProcessGroup, reverse: bool, *parts: Tensor) -> list[Tensor]:
     """Each part of all ranks, (ranks, ...), in scan order: one collective for all parts."""
-    flat = torch.cat([_real(part).flatten() for part in parts])
-    ranks = dist.get_world_size(group)
-    received = [torch.empty_like(flat) for _ in range(ranks)]
-    dist.all_gather(received, flat, group)
-    rows = torch.stack(received[::-1] if reverse else received)
-    pieces = rows.split([_real(part).numel() for part in parts], 1)
-    return [_like(piece.reshape(ranks, *_real(part).shape), part) for piece, part in zip(pieces, parts, strict=True)]
+    reals = [torch.view_as_real(part.resolve_conj()) if part.is_complex() else part for part in parts]
+    rows = exchange(torch.cat([real.flatten() for real in reals]), group)()
+    rows = rows.flip(0) if reverse else rows
+    pieces = rows.split([real.numel() for real in reals], 1)
+    gathered = [piece.reshape(-1, *real.shape) for piece, real in zip(pieces, reals, strict=True)]
+    return [
+        torch.view_as_complex(piece) if part.is_complex() else piece
+        for piece, part in zip(gathered, parts, strict=True)
+    ]
 
 
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+def exchange(row: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Begin to send a row of numbers to all ranks; what is returned waits for the rows of all, in the ranks' order."""
+    rows = row.new_empty(dist.get_world_size(group), row.numel())
+    work = _all_gather(rows.view(-1), row, group, async_op=True)
 
+    def wait() -> Tensor:
+        # On a GPU the stream waits, not the host.
+        work.wait()
+        return rows
 
-def _like(t: Tensor, part: Tensor) -> Tensor:
-    return torch.view_as_complex(t) if part.is_complex() else t
+    return wait

@@ -1,7 +1,8 @@
 """A scan over a sequence that is split over ranks, each of which scans its stretch once.
 
 The states that enter are made from what each stretch does to a state, h -> P·h + s, and the gradients of the states
-that leave from what it does to one of these, dh -> P*·dh + g. Both go before the scan, and before its backward.
+that leave from what it does to one of these, dh -> P*·dh + g. Both go before the scan, and before its backward. Triton
+kernels make them on the way (``fused.py``).
 """
 
 from collections.abc import Callable
@@ -13,13 +14,28 @@ from torch import Tensor
 
 from ssmscan import selective_scan, ssd
 from ssmscan.distributed.handover import gather, place, with_backward_of
+from ssmscan.ops.registration import Operator
+from ssmscan.ops.selective_scan import autograd as selective_scan_autograd
+from ssmscan.ops.selective_scan import op as selective_scan_op
 from ssmscan.ops.selective_scan.summary import summary as selective_scan_summary
+from ssmscan.ops.ssd import autograd as ssd_autograd
+from ssmscan.ops.ssd import op as ssd_op
 from ssmscan.ops.ssd.summary import summary as ssd_summary
 
-# What a stretch does to a state, for operations that have it without the outputs.
-_SUMMARIES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
-    selective_scan: selective_scan_summary,
-    ssd: ssd_summary,
+
+class Summarised(NamedTuple):
+    """An operation that tells what a stretch does to a state without the outputs, if it is not packed."""
+
+    prepare: Callable[..., tuple[str, Any, Any]]
+    operator: Operator
+    summary: Callable[..., tuple[Tensor, Tensor]]
+
+
+SUMMARISED: dict[Any, Summarised] = {
+    selective_scan: Summarised(
+        selective_scan_op.prepare, selective_scan_autograd.selective_scan, selective_scan_summary
+    ),
+    ssd: Summarised(ssd_op.prepare, ssd_autograd.ssd, ssd_summary),
 }
 
 
@@ -35,18 +51,25 @@ class Stretch(NamedTuple):
         return self.op(**(self.given | changes))
 
     @property
-    def summary(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        return _SUMMARIES.get(self.op) if self.given.get("cu_seqlens") is None else None
+    def summarised(self) -> Summarised | None:
+        return SUMMARISED.get(self.op) if self.given.get("cu_seqlens") is None else None
 
 
 def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tensor]:
     """y of this rank's stretch, and the state after the last one's. The scan begins at the ``first`` rank, from h0."""
+    summarised = stretch.summarised
+    if summarised is not None:
+        backend, inputs, options = summarised.prepare(**stretch.given, h0=h0)
+        if backend == "triton":
+            from ssmscan.distributed.fused import Ranks, fused_scan
+
+            return fused_scan(summarised.operator, inputs, options, Ranks.of(stretch.group, stretch.reverse, first))
     tensors = {name: value for name, value in stretch.given.items() if isinstance(value, Tensor)}
     known = h0 if first else None
     y = h = None
-    if stretch.summary is not None:
+    if summarised is not None:
         with torch.no_grad():
-            decay, s = stretch.summary(**stretch.given)
+            decay, s = summarised.summary(inputs, options)
             s = s if known is None else _after(decay, known, s)
     elif first:
         # Nothing is waited for, so the scan itself tells.
@@ -111,8 +134,9 @@ class _Meet(torch.autograd.Function):
 
 def _adjoint(stretch: Stretch, dy: Tensor, none: Tensor) -> Tensor:
     """The gradient that y's makes of the state which enters; ``none`` is a state of zeros."""
-    if stretch.summary is not None:
-        return stretch.summary(**stretch.given, dy=dy)[1]
+    if (summarised := stretch.summarised) is not None:
+        _, inputs, options = summarised.prepare(**stretch.given)
+        return summarised.summary(inputs, options, dy)[1]
     with torch.enable_grad():
         h0 = none.requires_grad_()
         y, _ = stretch.run(h0=h0)

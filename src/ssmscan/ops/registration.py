@@ -125,17 +125,21 @@ class Operator:
         options: Any,
         needs: Sequence[bool],
         backend: str,
+        **hooks: Any,
     ) -> list[Tensor | None]:
-        """The gradients of the differentiable inputs; ``tensors`` are all inputs and what was saved."""
+        """The gradients of the differentiable inputs; ``tensors`` are all inputs and what was saved.
+
+        ``hooks`` are for the implementation; no operator takes them.
+        """
         x, dy = tensors[0], cotangents[0]
         assert x is not None
         cotangents = (torch.zeros_like(x) if dy is None else dy, *cotangents[1:])
         # Grad mode is on in a backward that is to be differentiated itself.
-        if torch.is_grad_enabled() or observed((*tensors, *cotangents)):
+        if not hooks and (torch.is_grad_enabled() or observed((*tensors, *cotangents))):
             found = self.backward(*tensors, *cotangents, *options, list(needs), backend)
         else:
             inputs, between = self.inputs._make(tensors[: self.count]), (*tensors[self.count :], *cotangents)
-            found = self.load(backend, "backward")(inputs, *between, options, needs)
+            found = self.load(backend, "backward")(inputs, *between, options, needs, **hooks)
         return [
             _like(tensor, gradient) if need else None
             for tensor, gradient, need in zip(tensors[: self.differentiable], found, needs, strict=True)

@@ -8,6 +8,7 @@ import torch
 
 from ssmscan import selective_scan, selective_scan_step
 from ssmscan.backend import why_not
+from ssmscan.ops.selective_scan.autograd import SPAN
 from ssmscan.ops.selective_scan.case import ALL, CASE
 from ssmscan.testing import Setting, assert_close, assert_same_bits
 
@@ -76,6 +77,27 @@ def test_segments(setting, monkeypatch):
     values = call.differentiate("triton")
     assert_close(values, call.differentiate("torch"), torch.float32)
     assert_same_bits(values, call.differentiate("triton"))
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("batch", "l", "d", "segments"),
+    [
+        (4, 16384, 1536, 11),
+        (2, 16384, 4096, 8),
+        (2, 32768, 1536, 22),
+        (8, 8192, 1536, 1),
+        (1, 256, 64, 3),
+        (1, 150, 64, 1),
+    ],
+)
+def test_few_walkers_of_the_backward_get_many_segments(batch, l, d, segments):
+    """96, 128 and 48 walkers fill an H200 so, and 192 without segments; a segment has at least 64 steps."""
+    cover = import_module("ssmscan.ops.selective_scan.plan").cover
+    config = import_module("ssmscan.ops.selective_scan.configs").backward_config(16)
+    found = cover(batch, l, d, 1, config, SPAN)
+    assert found.segments == segments
+    assert found.segments * found.length >= l
 
 
 @INTERPRETED

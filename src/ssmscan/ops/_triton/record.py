@@ -6,7 +6,8 @@ second call with the same of these is recorded: its allocations, and its launche
 argument or an allocation. From the third on, allocations and launches are made from the record.
 
 A call that does anything else on the device (copies a tensor with the wrong strides, converts one, packs sequences)
-is not recorded, nor one that allocates much: there the device has enough to do. Both run as they are.
+is not recorded, nor one that allocates much: there the device has enough to do. Both run as they are, and so does one
+with a hook, a keyword argument that it calls between its launches.
 """
 
 import threading
@@ -120,7 +121,9 @@ class Recorded:
         # None of a call that was met once, False of one that cannot be recorded.
         self.records: dict[tuple, Record | bool | None] = {}
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **hooks: Any) -> Any:
+        if hooks:
+            return self.function(*arguments, **hooks)
         tensors: list[Tensor] = []
         pointers: list[int] = []
         key: list[Any] = []

@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E, sigmoid
+from ssmscan.ops._triton.compose import Enter
 from ssmscan.ops._triton.gradients import room, rows, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
 from ssmscan.ops.selective_scan.autograd import SPAN, Inputs, Options
 from ssmscan.ops.selective_scan.configs import backward_config
 from ssmscan.ops.selective_scan.interleave import interleave, separate
-from ssmscan.ops.selective_scan.kernel_fwd import passes, summarise
+from ssmscan.ops.selective_scan.kernel_fwd import passes, stretches, summarise
 from ssmscan.ops.selective_scan.lanes import (
     by_channel,
     load_channels,
@@ -327,8 +328,16 @@ def selective_scan_backward(
 
 
 def backward(
-    inputs: Inputs, saved: Tensor, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+    inputs: Inputs,
+    saved: Tensor,
+    dy: Tensor,
+    dh: Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+    *,
+    enter: Enter | None = None,
 ) -> Sequence[Tensor | None]:
+    """The gradients. Of a stretch of a longer sequence ``enter`` makes dh, from what the stretch does to it."""
     x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
     softplus, reverse = options
     batch, l, d = x.shape
@@ -343,12 +352,13 @@ def backward(
     N, BD = config.states, config.BD
     plan = cover(batch, l, d, groups, config, SPAN)
     runs = runs_of(sequence, reverse)
-    rates = rates_of(A, N)
-    elapsed, totals = summarise(dy, dt, A, C, z, dt_bias, dh, runs, softplus, reverse, True, plan)
+    whole = enter is not None
+    elapsed, totals = summarise(dy, dt, A, C, z, dt_bias, dh, runs, softplus, reverse, True, plan, whole)
+    pending = None if enter is None else enter(stretches(elapsed, totals, A))
 
     # As many batch rows at once as fill the device: they share the scratch, and the sums of dB and dC over channels.
     walkers = groups * plan.blocks
-    at_once = min(max(config.programs // (walkers * plan.segments), 1), batch)
+    at_once = min(max(config.resident // (walkers * plan.segments), 1), batch)
     steps = -(-l // 4) * 4
     sums = bool(needs[2] or needs[5] or needs[7])
     # In one piece of memory: B and C; the sums of dB and dC of each program; the scratch; of each segment the sums for
@@ -363,7 +373,10 @@ def backward(
     BC = BC.view(batch, groups, steps, 2, N)
     partial = sums_BC.view(at_once, groups, plan.blocks, -1) if lengths[1] else None
     parts = sums_A.view(batch * plan.segments, (n + 2) * d) if sums else None
+    rates = rates_of(A, N)
     interleave(B, C, BC, N, reverse)
+    if pending is not None:
+        dh = pending()
     for begin in range(0, batch, at_once):
         part = slice(begin, begin + at_once) if at_once < batch else None
         count = min(at_once, batch - begin)

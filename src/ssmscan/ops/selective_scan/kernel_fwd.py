@@ -8,12 +8,12 @@ where it carries exp(δ_t·A) times the gradient of h_t.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import LOG2E, sigmoid
+from ssmscan.ops._triton.compose import Enter, Stretches
 from ssmscan.ops._triton.cover import Cover
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import batch_and_time, channels_last
@@ -273,8 +273,20 @@ def summarise(
     return elapsed, totals
 
 
-def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the final state, and with ``save`` the state before every SPAN-th step."""
+def stretches(elapsed: Tensor | None, totals: Tensor | None, A: Tensor) -> Stretches:
+    """The summaries of whole segments, as others compose them."""
+    assert elapsed is not None
+    assert totals is not None
+    return Stretches(elapsed.transpose(0, 1), totals.transpose(0, 1).mT, A)
+
+
+def forward(
+    inputs: Inputs, options: Options, save: bool = False, *, enter: Enter | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the final state, and with ``save`` the state before every SPAN-th step.
+
+    Of a stretch of a longer sequence ``enter`` makes h0, from what the stretch does to it.
+    """
     x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
     softplus, reverse = options
     batch, l, d = x.shape
@@ -291,7 +303,10 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
     runs = runs_of(sequence, reverse)
     plan = cover(batch, l, d, groups, FORWARD, 8)
     N, warps = forward_tile(n)
-    elapsed, totals = summarise(x, dt, A, B, None, dt_bias, h0, runs, softplus, reverse, False, plan)
+    whole = enter is not None
+    elapsed, totals = summarise(x, dt, A, B, None, dt_bias, h0, runs, softplus, reverse, False, plan, whole)
+    if enter is not None:
+        h0 = enter(stretches(elapsed, totals, A))()
     selective_scan_walk.launch(
         (batch * groups * plan.blocks, plan.segments, 1),
         (x, dt, A, B, C, D, z, dt_bias, h0, *runs, y, hn, saved, elapsed, totals),
@@ -301,28 +316,3 @@ def forward(inputs: Inputs, options: Options, save: bool = False) -> tuple[Tenso
         warps,
     )
     return y, hn, saved
-
-
-def states(
-    u: Tensor,
-    v: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    options: Options,
-    adjoint: bool,
-) -> Tensor:
-    """The state after a walk from none with this u and v, (b, d, n): no token's output."""
-    batch, l, d = u.shape
-    u, dt, z = channels_last(u), channels_last(dt), channels_last(z)
-    v, _ = matrices(v, v)
-    bias = None if dt_bias is None else dt_bias.contiguous()
-    plan = cover(batch, l, d, v.shape[2], FORWARD, 8)
-    nowhere = (None, None, None)
-    elapsed, totals = summarise(u, dt, A, v, z, bias, None, nowhere, *options, adjoint, plan, whole=True)
-    assert elapsed is not None
-    assert totals is not None
-    # Through the segments walked after each.
-    later = F.pad(elapsed[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
-    return (totals.mT * torch.exp(later[..., None] * A.float())).sum(1)

@@ -80,14 +80,10 @@ def selective_scan(
         >>> y.flatten().tolist(), h.flatten().tolist()
         ([2.0, 4.0, 6.0], [3.0, 3.0])
     """
-    B, C = check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
-    check_flags("selective_scan", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
-    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    implementation, sequence, h0 = enter(
-        "selective_scan", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A"
-    )
-    A = decay_rates(A, A_is_log, dtype)
-    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
+    implementation, inputs, options = prepare(
+        x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, A_is_log=A_is_log, h0=h0, reverse=reverse,
+        cu_seqlens=cu_seqlens, backend=backend,
+    )  # fmt: skip
     if implementation == "reference":
         return reference.selective_scan(*inputs, *options)
     if implementation == "torch":
@@ -152,6 +148,34 @@ def selective_scan_step(
 
         return step(*read, h, state_indices, dt_softplus)
     return reference.selective_scan_step(*read, h, state_indices, dt_softplus)
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    A_is_log: bool = False,
+    h0: Tensor | None = None,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[str, Inputs, Options]:
+    """Check the arguments of :func:`selective_scan`; return the backend that runs, and what its functions take."""
+    B, C = check("selective_scan", "b, l", x, dt, A, B, C, D, z, dt_bias, h0)
+    check_flags("selective_scan", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
+    implementation, sequence, h0 = enter(
+        "selective_scan", backend, x, dtype, cu_seqlens, h0, "d, n", A.shape, "x and A"
+    )
+    A = decay_rates(A, A_is_log, dtype)
+    return implementation, Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, reverse)
 
 
 def check(

@@ -12,9 +12,10 @@ SHORTEST_SEGMENT = 64
 
 
 def cover(batch: int, l: int, d: int, groups: int, config: Config | BackwardConfig, multiple: int) -> Cover:
-    """Segments of a ``multiple`` of steps, and enough of them to fill the device; each but the last costs a summary."""
+    """Segments of a ``multiple`` of steps; few walkers get as many as fill the device, each but the last summarised."""
     blocks = -(-(d // groups) // config.BD)
-    wanted = min(config.programs // (batch * groups * blocks), l // SHORTEST_SEGMENT)
+    walkers = batch * groups * blocks
+    wanted = min(config.programs // walkers, l // SHORTEST_SEGMENT) if walkers <= config.divided else 1
     # Two segments cost as much as one.
     if wanted < 3:
         wanted = 1

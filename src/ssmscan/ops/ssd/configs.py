@@ -138,11 +138,11 @@ def _channels(p: int, most: int) -> int:
     return max(min(padded(p), most), 16)
 
 
-def segments_for(programs: int, chunks: int) -> tuple[int, int]:
-    """The chunks of a segment, and how many segments fill the device."""
+def segments_for(programs: int, chunks: int) -> int:
+    """How many segments fill the device, of so many ``chunks`` shared out that none is empty."""
     wanted = min(max(PROGRAMS // programs, 1), max(chunks // SHORTEST, 1))
     length = max(-(-chunks // wanted), 1)
-    return length, max(-(-chunks // length), 1)
+    return max(-(-chunks // length), 1)
 
 
 def split_heads(programs: int, heads: int) -> tuple[int, int]:

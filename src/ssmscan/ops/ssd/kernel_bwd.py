@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ssmscan.ops._triton.compose import Enter
 from ssmscan.ops._triton.gradients import room, rows, state_room, sum_rows
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.walk import channels_last
@@ -15,7 +16,7 @@ from ssmscan.ops.ssd.kernel_fwd import float32, table
 from ssmscan.ops.ssd.kernel_grad import chunks_of
 from ssmscan.ops.ssd.kernel_pair_grad import pair_gradients
 from ssmscan.ops.ssd.kernel_state_grad import state_gradients
-from ssmscan.ops.ssd.kernel_walk import walk
+from ssmscan.ops.ssd.kernel_walk import Summaries, summarise, walk
 from ssmscan.ops.ssd.step_sizes import step_gradients, steps
 
 # The states between chunks of as many batch rows are kept at once, for each scan.
@@ -37,13 +38,20 @@ def ssd_gate(dy, y, z, dz, gated, size, BLOCK: tl.constexpr):
 
 
 def backward(
-    inputs: Inputs, dy: Tensor, dh: Tensor | None, options: Options, needs: Sequence[bool]
+    inputs: Inputs,
+    dy: Tensor,
+    dh: Tensor | None,
+    options: Options,
+    needs: Sequence[bool],
+    *,
+    enter: Enter | None = None,
 ) -> Sequence[Tensor | None]:
+    """The gradients. Of a stretch of a longer sequence ``enter`` makes dh, from what the stretch does to it."""
     x, z, h0 = inputs.x, inputs.z, inputs.h0
     dx, dz = x.new_empty(x.shape), None if z is None else z.new_empty(z.shape)
     dh0 = state_room(h0, dh, needs[8], passes=inputs.sequence is not None or x.shape[1] == 0)
     (ddt,), (dA, dB, dC, dD, dbias) = scan_gradients(
-        inputs, [(inputs.dt, options.reverse)], dy, dh, options[:3], dx, dz, dh0
+        inputs, [(inputs.dt, options.reverse)], dy, dh, options[:3], dx, dz, dh0, enter=enter
     )
     return [dx, ddt, dA, dB, dC, dD, dz, dbias, dh0]
 
@@ -60,10 +68,12 @@ def scan_gradients(
     *,
     shift: bool = False,
     added: Tensor | None = None,
+    enter: Enter | None = None,
 ) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
     """The gradients of each dt, and of A, B, C, D and dt_bias; ``dx``, plus ``added``, ``dz`` and ``dh0`` are written.
 
     Of the ``scans`` their dt is given and whether they go from the end: one, or, where they are :func:`joint`, both.
+    The gradient of the final state comes from ``enter`` where one scan has that; what makes it runs beside a walk.
     """
     x, _, A, B, C, D, z, dt_bias, h0, sequence = inputs
     batch, l, heads, p = x.shape
@@ -86,22 +96,32 @@ def scan_gradients(
     xs, Bs, Cs, dys = (channels_last(v) for v in (x, B, C, dy))
     at_once = max(min(STATES_BYTES // (2 * chunks * heads * p * n * tiles.dtype.itemsize), batch), 1)
     states, adjoints = x.new_empty(2, len(scans), at_once, chunks, heads, p, n, dtype=tiles.dtype)
+    whole = summaries = pending = None
+    if enter is not None:
+        whole = steps(scans, rate, bias, tables, tiles, options)
+        summaries = summarise(dys, Cs, whole, tiles, scans[0][1], adjoint=True, z=channels_last(z))
+        pending = enter(summaries.stretches())
     for begin in range(0, batch, at_once):
         part = slice(begin, begin + at_once) if at_once < batch else None
         x_, B_, C_, dy_, dx_, z_, dz_, added_, of_channel_ = rows(part, xs, Bs, Cs, dys, dx, z, dz, added, of_channel)
         # Packed sequences have one batch row, and many states.
-        h, last, first = rows(part if sequence is None else None, h0, dh, dh0)
+        of_state = part if sequence is None else None
+        h, first = rows(of_state, h0, dh0)
         dts = [(dt if part is None else dt[part], reverse) for dt, reverse in scans]
-        sizes = steps(dts, rate, bias, tables, tiles, options)
+        sizes = whole if whole is not None and part is None else steps(dts, rate, bias, tables, tiles, options)
         y = None if z is None else x.new_empty(x_.shape, dtype=tiles.dtype)
         for scan, (_, reverse) in enumerate(scans):
             given = (tables[scan], tiles, reverse)
             walk(x_, B_, sizes, h, *given, scan=scan, c=C_, D=D, y=y, states=states[scan])
             if z_ is not None and y is not None and dz_ is not None:
                 dy_ = gate(dy_, y, z_, dz_)
+            if pending is not None:
+                dh, pending = pending(), None
+            (last,) = rows(of_state, dh)
+            own_ = None if summaries is None else Summaries(*rows(part, *summaries))
             walk(
-                dy_, C_, sizes, last, *given, scan=scan, adjoint=True, shift=shift, states=adjoints[scan],
-                final=first,
+                dy_, C_, sizes, last, *given, summaries=own_, scan=scan, adjoint=True, shift=shift,
+                states=adjoints[scan], final=first,
             )  # fmt: skip
         # The tensors are read in the direction of the first scan.
         shared = chunks_of(

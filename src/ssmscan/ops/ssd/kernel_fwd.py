@@ -5,16 +5,17 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ssmscan.ops._triton.compose import Enter
 from ssmscan.ops._triton.walk import channels_last
 from ssmscan.ops.cuts import cut
 from ssmscan.ops.ssd.autograd import Inputs, Options
 from ssmscan.ops.ssd.configs import Tiles, tiles_for
-from ssmscan.ops.ssd.kernel_walk import walk
+from ssmscan.ops.ssd.kernel_walk import summarise, walk
 from ssmscan.ops.ssd.step_sizes import steps
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
-    """y and the final state."""
+def forward(inputs: Inputs, options: Options, *, enter: Enter | None = None) -> tuple[Tensor, Tensor]:
+    """y and the final state. Of a stretch of a longer sequence ``enter`` makes h0, from what the stretch does to it."""
     x, dt, A, B, C, D, z, dt_bias, h0, sequence = inputs
     softplus, low, high, reverse = options
     batch, l, heads, p = x.shape
@@ -33,20 +34,13 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     x, B, C = (channels_last(v) for v in (x, B, C))
     chunks = table(sequence, final, tiles, reverse)
     sizes = steps([(dt, reverse)], float32(A), float32(dt_bias), [chunks], tiles, (softplus, low, high))
-    walk(x, B, sizes, h0, chunks, tiles, reverse, c=C, D=D, z=channels_last(z), y=y, final=final)
+    summaries = None
+    if enter is not None:
+        summaries = summarise(x, B, sizes, tiles, reverse)
+        h0 = enter(summaries.stretches())()
+    z = channels_last(z)
+    walk(x, B, sizes, h0, chunks, tiles, reverse, summaries=summaries, c=C, D=D, z=z, y=y, final=final)
     return y, final
-
-
-def states(
-    u: Tensor, v: Tensor, dt: Tensor, A: Tensor, dt_bias: Tensor | None, options: Options, adjoint: bool
-) -> Tensor:
-    """The state after a walk from none with this u and v, (b, h, p, n): no token's output."""
-    softplus, low, high, reverse = options
-    final = u.new_empty(u.shape[0], *u.shape[2:], v.shape[3], dtype=torch.float32)
-    tiles = tiles_for(u, v.shape[3], backward=adjoint)
-    sizes = steps([(dt, reverse)], float32(A), float32(dt_bias), [None], tiles, (softplus, low, high))
-    walk(channels_last(u), channels_last(v), sizes, None, None, tiles, reverse, adjoint=adjoint, final=final)
-    return final
 
 
 @overload

@@ -8,17 +8,18 @@ Forward u = x and v = B, and y of each chunk comes from C, the state that enters
 state follows the same recurrence from the end, with u = dy and v = C. Both walks can keep the state before each chunk.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ssmscan.ops._triton.activation import exp2, sigmoid
+from ssmscan.ops._triton.compose import Stretches
 from ssmscan.ops._triton.fetch import fetch
 from ssmscan.ops._triton.launch import kernel
 from ssmscan.ops._triton.window import from_first
-from ssmscan.ops.ssd.configs import Tiles, segments_for, walk_config
+from ssmscan.ops.ssd.configs import Config, Tiles, segments_for, walk_config
 from ssmscan.ops.ssd.step_sizes import Steps, token_strides
 from ssmscan.ops.ssd.tiles import below, decays, followed, load_tile, place, store_tile
 
@@ -59,7 +60,7 @@ def ssd_walk(
 
     SHIFT: a token's y is that of the token before it, 0 for the first (but for D, z and what is ``added``); the adjoint
     then reads u at the token after it. UNIFORM: an initial state is one number. WHOLE: every chunk has all of its
-    tokens. FAR: they lie more than 2^31 elements apart.
+    tokens. FAR: they lie more than 2^31 elements apart. z gates y, or what a SUMMARY reads of its gradient.
     """
     PRECISION: tl.constexpr = "tf32x3" if PRECISE else "tf32"
     blocks = tl.cdiv(P, BP)
@@ -125,6 +126,9 @@ def ssd_walk(
             us = load_tile(u + (first + 1) * u_time, rows * u_time, p, shown, P, EVEN_P, DOT, True)
         else:
             us = load_tile(u + first * u_time, rows * u_time, p, exists, P, EVEN_P, DOT, True)
+        if SUMMARY and z is not None:
+            gate = load_tile(z + first * z_time, rows * z_time, p, exists, P, EVEN_P, tl.float32, True)
+            us = (us.to(tl.float32) * gate * sigmoid(gate)).to(DOT)
         vs = load_tile(v + first * v_time, rows * v_time, n, exists, N, EVEN_N, DOT)
         at = of_steps + tl.cast(chunk, tl.int64) * Q
         pairs, entered, _, total = decays(sums + at, part, q, 1, PRECISE, Q, SHIFT and not ADJOINT)
@@ -181,6 +185,26 @@ def ssd_walk(
             store_tile(final + batch * state_size + state_head, state_rows, n, h, inside, N, EVEN_N)
 
 
+class Summaries(NamedTuple):
+    """What each segment of a walk does to a state, h -> 2^log·h + total; float32."""
+
+    logs: Tensor  # (b, segments, h)
+    totals: Tensor  # (b, segments, h, p, n)
+
+    def stretches(self) -> Stretches:
+        return Stretches(self.logs.transpose(0, 1), self.totals.transpose(0, 1))
+
+
+def summarise(
+    u: Tensor, v: Tensor, steps: Steps, tiles: Tiles, reverse: bool, *, adjoint: bool = False, z: Tensor | None = None
+) -> Summaries:
+    """The summaries of all segments of a walk that nothing enters; u is gated by ``z``."""
+    summaries = _room(u, v, steps, tiles, _segments(u, steps, tiles))
+    config = walk_config(tiles, not adjoint)
+    _launch(u, v, steps, None, None, tiles, reverse, summaries, config, adjoint=adjoint, z=z)
+    return summaries
+
+
 def walk(
     u: Tensor,
     v: Tensor,
@@ -190,6 +214,7 @@ def walk(
     tiles: Tiles,
     reverse: bool,
     *,
+    summaries: Summaries | None = None,
     adjoint: bool = False,
     c: Tensor | None = None,
     D: Tensor | None = None,
@@ -203,16 +228,69 @@ def walk(
 ) -> None:
     """Walk all chunks, writing ``y``, the ``final`` state and the ``states`` before each chunk where they are given.
 
-    Its ``steps`` are those of this ``scan``. ``added`` is an output of another walk, in y's layout; ``shift`` is that
-    of the kernel.
+    Its ``steps`` are those of this ``scan``, its ``summaries`` are made if they are not given. ``added`` is an output
+    of another walk, in y's layout; ``shift`` is that of the kernel.
     """
-    batch, l, heads, p = u.shape
-    n = v.shape[3]
     config = walk_config(tiles, y is not None)
+    segments = _segments(u, steps, tiles)
+    # Zeros come as one number, expanded.
+    if initial is not None and initial.stride()[2:] != (0, 0):
+        initial = initial.contiguous()
+    if summaries is None and segments > 1:
+        # Nothing enters after the last segment, so it needs no summary.
+        summaries = _room(u, v, steps, tiles, segments)
+        _launch(
+            u, v, steps, initial, table, tiles, reverse, summaries, config,
+            last=False, adjoint=adjoint, scan=scan, shift=shift,
+        )  # fmt: skip
+    _launch(
+        u, v, steps, initial, table, tiles, reverse, summaries, config,
+        adjoint=adjoint, c=c, D=D, z=z, added=added, scan=scan, shift=shift, y=y, final=final, states=states,
+    )  # fmt: skip
+
+
+def _segments(u: Tensor, steps: Steps, tiles: Tiles) -> int:
+    batch, _, heads, p = u.shape
+    return segments_for(batch * heads * -(-p // tiles.BP), steps.delta.shape[3])
+
+
+def _room(u: Tensor, v: Tensor, steps: Steps, tiles: Tiles, segments: int) -> Summaries:
+    batch, _, heads, p = u.shape
+    logs = steps.delta.new_empty(batch, segments, heads)
+    return Summaries(logs, logs.new_empty(batch, segments, heads, p, v.shape[3]))
+
+
+def _launch(
+    u: Tensor,
+    v: Tensor,
+    steps: Steps,
+    initial: Tensor | None,
+    table: Tensor | None,
+    tiles: Tiles,
+    reverse: bool,
+    summaries: Summaries | None,
+    config: Config,
+    *,
+    adjoint: bool,
+    last: bool = True,
+    c: Tensor | None = None,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    added: Tensor | None = None,
+    scan: int = 0,
+    shift: bool = False,
+    y: Tensor | None = None,
+    final: Tensor | None = None,
+    states: Tensor | None = None,
+) -> None:
+    """Launch the kernel over all segments, or all but the ``last``, to summarise them if nothing else is written."""
+    _, l, heads, p = u.shape
+    n = v.shape[3]
     delta, weights, sums = (t[scan] for t in steps)
-    chunks = delta.shape[2]
-    blocks = -(-p // tiles.BP)
-    length, segments = segments_for(batch * heads * blocks, chunks)
+    batch, _, chunks, _ = delta.shape
+    summary = y is None and final is None and states is None
+    segments = 1 if summaries is None else summaries.logs.shape[1]
+    logs, totals = (None, None) if summaries is None else summaries
     u, v = from_first(u, 1, reverse), from_first(v, 1, reverse)
     c, z, y, added = (None if t is None else from_first(t, 1, reverse) for t in (c, z, y, added))
     of_tokens = [token_strides(t, reverse) for t in (u, v, c, z, y)]
@@ -220,36 +298,16 @@ def walk(
     far = tiles.Q * max(map(abs, times)) >= 1 << 31
     strides = [s for t in of_tokens[:4] for s in t[::2]]
     strides += (0, 0) if D is None else (D.stride(0), D.stride(-1))
-    # Zeros come as one number, expanded.
     uniform = initial is not None and initial.stride()[2:] == (0, 0)
-    if initial is not None and not uniform:
-        initial = initial.contiguous()
     strides += (0, 0) if initial is None else initial.stride()[:2]
-    integers = (l, heads, p, chunks, length, segments, sums.stride(0), *strides)
-
-    def constants(summary: bool) -> tuple[Any, ...]:
-        return (
+    ssd_walk.launch(
+        (batch * heads * -(-p // tiles.BP), segments if last else segments - 1, 1),
+        (u, v, c, D, z, added, initial, table, delta, weights, sums, y, final, states, logs, totals),
+        (l, heads, p, chunks, -(-chunks // segments), segments, sums.stride(0), *strides),
+        (
             *times, heads // v.shape[2], D is not None and D.dim() == 2, uniform, adjoint, summary, shift,
             table is None and l % tiles.Q == 0, far, tiles.precise, tiles.DOT, tiles.Q, n, tiles.BP, tiles.BN,
             p % tiles.BP == 0, n == tiles.BN, config.stages,
-        )  # fmt: skip
-
-    logs = totals = None
-    if segments > 1:
-        logs = delta.new_empty(batch, segments, heads)
-        totals = delta.new_empty(batch, segments, heads, p, n)
-        # Nothing enters after the last segment, so it needs no summary.
-        ssd_walk.launch(
-            (batch * heads * blocks, segments - 1, 1),
-            (u, v, None, None, None, None, initial, table, delta, weights, sums, None, None, None, logs, totals),
-            integers,
-            constants(True),
-            config.warps,
-        )
-    ssd_walk.launch(
-        (batch * heads * blocks, segments, 1),
-        (u, v, c, D, z, added, initial, table, delta, weights, sums, y, final, states, logs, totals),
-        integers,
-        constants(False),
+        ),
         config.warps,
-    )
+    )  # fmt: skip

@@ -85,14 +85,10 @@ def ssd(
         >>> y.flatten().tolist(), h.flatten().tolist()
         ([3.0, 4.5, 5.25], [1.75, 1.75])
     """
-    check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
-    check_flags("ssd", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
-    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
-    state = (*x.shape[2:], B.shape[3])
-    implementation, sequence, h0 = enter("ssd", backend, x, dtype, cu_seqlens, h0, "h, p, n", state, "x and B")
-    low, high = map(float, dt_limit)
-    A = decay_rates(A, A_is_log, dtype)
-    inputs, options = Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), Options(dt_softplus, low, high, reverse)
+    implementation, inputs, options = prepare(
+        x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, A_is_log=A_is_log, h0=h0,
+        reverse=reverse, cu_seqlens=cu_seqlens, backend=backend,
+    )  # fmt: skip
     if implementation == "reference":
         return reference.ssd(*inputs, *options)
     if implementation == "torch":
@@ -163,6 +159,36 @@ def ssd_step(
 
         return step(*read, h, state_indices, dt_softplus, low, high)
     return reference.ssd_step(*read, h, state_indices, dt_softplus, low, high)
+
+
+def prepare(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, inf),
+    A_is_log: bool = False,
+    h0: Tensor | None = None,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[str, Inputs, Options]:
+    """Check the arguments of :func:`ssd`; return the backend that runs, and what its functions take."""
+    check("ssd", "b, l, ", x, dt, A, B, C, D, z, dt_bias, dt_limit, h0)
+    check_flags("ssd", dt_softplus=dt_softplus, A_is_log=A_is_log, reverse=reverse)
+    dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h0)
+    state = (*x.shape[2:], B.shape[3])
+    implementation, sequence, h0 = enter("ssd", backend, x, dtype, cu_seqlens, h0, "h, p, n", state, "x and B")
+    low, high = map(float, dt_limit)
+    A = decay_rates(A, A_is_log, dtype)
+    options = Options(dt_softplus, low, high, reverse)
+    return implementation, Inputs(x, dt, A, B, C, D, z, dt_bias, h0, sequence), options
 
 
 def check(
