@@ -57,11 +57,8 @@ def _past(self: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
 
 
 def _convolved(self: Any, x: Tensor, layer: Any) -> Tensor:
-    """(b, 1, d), whose state of w inputs, (b, d, w), is one more than the convolution reads."""
-    conv_state = layer.conv_states[0]
-    conv_state[..., 0] = conv_state[..., 1]
-    state = conv_state[..., 1:].transpose(1, 2)
-    conv = self.conv1d
+    """The convolution of x, (b, 1, d). The cache is (b, d, w), with one input more than the next output reads."""
+    conv, state = self.conv1d, layer.conv_states[0].transpose(1, 2)
     return causal_conv1d_step(x, conv.weight.squeeze(1), conv.bias, activation=self.activation, h=state)
 
 
