@@ -89,14 +89,17 @@ def advance(
     ``inputs`` are what ``token`` reads of each token, x first: (b, l, ...) of ``several`` tokens, (b, ...) of one. It
     may overwrite the state that it is given.
     """
+    x = inputs[0]
+    assert x is not None
+    if several and x.shape[1] == 1:
+        one = [t if t is None else t.squeeze(1) for t in inputs]
+        return advance(token, one, h, state_indices, False, dtype).unsqueeze(1)
     if state_indices is None:
         # A derivative may need the state before.
         before = h.clone() if torch.is_grad_enabled() else h
         y, after = _run(token, inputs, before, several, dtype)
         h.copy_(after)
         return y
-    x = inputs[0]
-    assert x is not None
     if 0 in (h.shape[0], x.shape[0]):
         return torch.zeros_like(x)
     batch_row = torch.arange(x.shape[0], device=h.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ssmscan.models.patch import replacements as our
+from ssmscan.models.patch import steps
 from ssmscan.shapes import error
 
 # The releases whose model files were tried, the first and the last.
@@ -38,23 +39,36 @@ def _norms(*classes: str) -> dict[str, Replacement]:
 
 
 _UNPACKED = Around(our.unpacked)
+_MAMBA_STEP, _MAMBA2_STEP = Around(steps.mamba), Around(steps.mamba2)
 
 # Of each architecture, what is replaced in its model file: a function of the file, or a method of one of its classes.
 # A class that a release lacks is left out: Nemotron-H first had Zamba2's gated norm, and then its own.
 REPLACEMENTS: Mapping[str, Mapping[str, Replacement]] = {
-    "mamba": _MAMBA | _norms("MambaRMSNorm") | {"MambaModel.forward": _UNPACKED, "MambaForCausalLM.forward": _UNPACKED},
+    "mamba": _MAMBA
+    | _norms("MambaRMSNorm")
+    | {"MambaModel.forward": _UNPACKED, "MambaForCausalLM.forward": _UNPACKED, "MambaMixer.forward": _MAMBA_STEP},
     "falcon_mamba": _MAMBA
     | _norms("FalconMambaRMSNorm")
-    | {"FalconMambaModel.forward": _UNPACKED, "FalconMambaForCausalLM.forward": _UNPACKED},
-    "jamba": _MAMBA | _norms("JambaRMSNorm") | {"JambaModel.forward": _UNPACKED},
+    | {
+        "FalconMambaModel.forward": _UNPACKED,
+        "FalconMambaForCausalLM.forward": _UNPACKED,
+        "FalconMambaMixer.forward": _MAMBA_STEP,
+    },
+    "jamba": _MAMBA
+    | _norms("JambaRMSNorm")
+    | {"JambaModel.forward": _UNPACKED, "JambaMambaMixer.forward": _MAMBA_STEP},
     "mamba2": _MAMBA2
     | _norms("Mamba2RMSNorm", "MambaRMSNormGated")
-    | {"Mamba2ForCausalLM.forward": Around(our.packed)},
-    "bamba": _MAMBA2 | _norms("BambaRMSNorm", "BambaRMSNormGated"),
+    | {"Mamba2ForCausalLM.forward": Around(our.packed), "Mamba2Mixer.forward": _MAMBA2_STEP},
+    "bamba": _MAMBA2 | _norms("BambaRMSNorm", "BambaRMSNormGated") | {"BambaMixer.forward": _MAMBA2_STEP},
     "falcon_h1": _MAMBA2 | _norms("FalconH1RMSNorm", "FalconH1RMSNormGated"),
-    "nemotron_h": _MAMBA2 | _norms("NemotronHRMSNorm", "NemotronHRMSNormGated", "Zamba2RMSNormGated"),
-    "zamba2": _MAMBA2 | _norms("Zamba2RMSNorm", "Zamba2RMSNormGated"),
-    "granitemoehybrid": _MAMBA2 | _norms("GraniteMoeHybridRMSNorm", "GraniteMoeHybridRMSNormGated"),
+    "nemotron_h": _MAMBA2
+    | _norms("NemotronHRMSNorm", "NemotronHRMSNormGated", "Zamba2RMSNormGated")
+    | {"NemotronHMamba2Mixer.forward": _MAMBA2_STEP},
+    "zamba2": _MAMBA2 | _norms("Zamba2RMSNorm", "Zamba2RMSNormGated") | {"Zamba2MambaMixer.forward": _MAMBA2_STEP},
+    "granitemoehybrid": _MAMBA2
+    | _norms("GraniteMoeHybridRMSNorm", "GraniteMoeHybridRMSNormGated")
+    | {"GraniteMoeHybridMambaLayer.forward": _MAMBA2_STEP},
     "recurrent_gemma": {"RecurrentGemmaRglru._rnn_scan": our.rg_lru_scan, "RecurrentGemmaModel.forward": _UNPACKED},
 }
 

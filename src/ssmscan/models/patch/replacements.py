@@ -56,9 +56,7 @@ def conv(
 def conv_update(
     hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    # The last w - 1 inputs are our state. The one before them meets no weight; it is kept as transformers keeps it.
-    conv_state[..., 0] = conv_state[..., 1]
-    state = conv_state[..., 1:].transpose(1, 2)
+    state = conv_state.transpose(1, 2)
     return causal_conv1d_step(hidden_states[..., 0], weight, bias, activation=activation, h=state)[..., None]
 
 

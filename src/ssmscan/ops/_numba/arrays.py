@@ -31,6 +31,16 @@ def view(tensor: Tensor) -> np.ndarray:
     return from_dlpack(to_dlpack(tensor)).numpy()
 
 
+def read(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """A tensor that a kernel reads or updates, and no derivative is asked of: as it is in ``dtype``, or else a copy.
+
+    A conversion that does nothing costs the host a microsecond all the same, and a decode step takes ten tensors.
+    """
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return (tensor.detach() if tensor.requires_grad else tensor).numpy()
+
+
 def filled(shape: Sequence[int], dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
     """A copy of the values, or without them zeros in this shape.
 

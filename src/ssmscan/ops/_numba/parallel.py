@@ -108,3 +108,13 @@ def split(n: int, d: int, widest: int = 4096, narrowest: int = 16) -> list[tuple
     pieces = -(-torch.get_num_threads() // max(n, 1))
     width = max(min(-(-d // pieces), widest), narrowest)
     return [(i, j, min(j + width, d)) for i in range(n) for j in range(0, d, width)]
+
+
+def split_step(b: int, d: int, least: int) -> list[tuple[int, int, int, int]]:
+    """Cut the channels of b batch rows into parts (row, end, first channel, end), of at least so many channels.
+
+    All rows are one part where that is not more: a call of a kernel costs as much as it computes for some hundreds.
+    """
+    if b * d <= least:
+        return [(0, b, 0, d)] if b * d else []
+    return [(i, i + 1, first, end) for i, first, end in split(b, d, narrowest=least)]

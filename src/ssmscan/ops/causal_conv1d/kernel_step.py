@@ -14,9 +14,9 @@ from ssmscan.ops.causal_conv1d.kernel_fwd import load_taps
 def causal_conv1d_tokens(
     x, weight, bias, h, state_indices, y,
     L, states, D, x_batch, x_time, x_channel, h_state, h_row, h_channel,
-    W: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
+    W: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """y for L tokens and BD channels of one batch row; the state moves up by a row for each, in place."""
+    """y for L tokens and BD channels of one batch row; the ROWS of the state move up by one for each, in place."""
     blocks = tl.cdiv(D, BD)
     channels = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -25,7 +25,7 @@ def causal_conv1d_tokens(
     column = channels.to(tl.int64)
     h += number * h_state + column * h_channel
     before = ()
-    for k in tl.static_range(W - 1):
+    for k in tl.static_range(ROWS):
         before = before + (tl.load(h + k * h_row, mask=inside & taken, other=0.0),)
     taps, offset = load_taps(weight, bias, channels, D, W, BD)
     for t in range(L):
@@ -33,14 +33,14 @@ def causal_conv1d_tokens(
         now = tl.load(x + batch * x_batch + time * x_time + column * x_channel, mask=inside, other=0.0).to(tl.float32)
         z = offset
         for k in tl.static_range(W - 1):
-            z += taps[k] * before[k].to(tl.float32)
+            z += taps[k] * before[ROWS - W + 1 + k].to(tl.float32)
         z += taps[W - 1] * now
         if SILU:
             z *= sigmoid(z)
         z = tl.where(taken, z, 0.0)
         tl.store(y + (batch * L + t) * D + channels, z.to(y.dtype.element_ty), mask=inside)
         before = before[1:] + (now.to(h.dtype.element_ty),)
-    for k in tl.static_range(W - 1):
+    for k in tl.static_range(ROWS):
         tl.store(h + k * h_row, before[k], mask=inside & taken)
 
 
@@ -54,6 +54,6 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indice
         h,
         state_indices,
         (d, *token_strides(3, x), *h.stride()),
-        (weight.shape[1], silu, STEP.BD),
+        (weight.shape[1], h.shape[1], silu, STEP.BD),
         STEP.warps,
     )

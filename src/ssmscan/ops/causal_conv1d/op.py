@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmscan.backend import choose
 from ssmscan.ops.causal_conv1d import autograd, plain, reference
 from ssmscan.ops.causal_conv1d.autograd import Inputs, Options
-from ssmscan.ops.decoding import check_state, fused, leading_axes
+from ssmscan.ops.decoding import check_state, compiled, fused, leading_axes
 from ssmscan.ops.packing import check_sequences, pack
 from ssmscan.shapes import check_flags, check_rank, check_shape, check_tensors, error, state_dtype
 
@@ -104,7 +104,7 @@ def causal_conv1d_step(
     bias: Float[Tensor, " d"] | None = None,
     *,
     activation: str | None = None,
-    h: Float[Tensor, "rows w-1 d"],
+    h: Float[Tensor, "rows k d"],
     state_indices: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
     """Advance :func:`causal_conv1d` by one token or several, updating the state in place.
@@ -116,7 +116,8 @@ def causal_conv1d_step(
         x: input of one token, (b, d), or of several, (b, l, d), which have the results of l steps, to the last bit.
         weight, bias, activation: as in :func:`causal_conv1d`.
         h: the state, (b, w - 1, d), of any floating dtype. Overwritten with the next state, rounded once a token; the
-            arithmetic is in float32 (float64 when h or an input is).
+            arithmetic is in float32 (float64 when h or an input is). It may hold older inputs before them, up to
+            8 in all, which move up with the others, as in the caches of other libraries.
         state_indices: int32 or int64 (b,): the row of ``h`` that each batch row reads and writes, where ``h`` is a
             pool of any number of states; None is h's rows in order. -1 skips a batch row: its y is 0, and no state
             changes. No two may be alike, or the results are undefined. On a GPU, what is no row of ``h`` is as -1.
@@ -138,9 +139,15 @@ def causal_conv1d_step(
     leading = leading_axes("causal_conv1d_step", x, "d")
     silu = _check("causal_conv1d_step", leading + "d", x, weight, bias, activation, {"h": h})
     d, w = weight.shape
-    check_state("causal_conv1d_step", h, "w-1, d", x.shape[0], (w - 1, d), state_indices)
-    if fused("causal_conv1d_step", state_dtype(x, weight, bias, h), h, x, weight, bias):
+    rows = h.shape[1] if h.dim() == 3 and w <= h.shape[1] <= WIDEST else w - 1
+    check_state("causal_conv1d_step", h, "w-1, d", x.shape[0], (rows, d), state_indices)
+    dtype = state_dtype(x, weight, bias, h)
+    if fused("causal_conv1d_step", dtype, h, x, weight, bias):
         return autograd.causal_conv1d_step(x, weight, bias, h, state_indices, silu)
+    if compiled("causal_conv1d_step", dtype, h, x, weight, bias):
+        from ssmscan.ops.causal_conv1d.cpu_step import causal_conv1d_step as step
+
+        return step(x, weight, bias, h, state_indices, silu)
     return reference.causal_conv1d_step(x, weight, bias, h, state_indices, silu)
 
 

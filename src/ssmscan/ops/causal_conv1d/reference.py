@@ -42,9 +42,9 @@ def causal_conv1d_step(
 
 
 def _token(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """The output for one token, and the state after it."""
+    """The output for one token, and the state after it; what a state holds beyond w - 1 inputs only moves up."""
     inputs = torch.cat([h, x[:, None].to(h.dtype)], 1)
-    z = (inputs * weight.t().to(h.dtype)).sum(1)
+    z = (inputs[:, -weight.shape[1] :] * weight.t().to(h.dtype)).sum(1)
     if bias is not None:
         z = z + bias.to(h.dtype)
     return (z * torch.sigmoid(z) if silu else z).to(x.dtype), inputs[:, 1:]

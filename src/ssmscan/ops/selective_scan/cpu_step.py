@@ -1,15 +1,18 @@
-"""The decode step in Numba: one thread advances the states of some channels of one batch row."""
+"""The decode step in Numba: one thread advances the states of some channels of one batch row, or of all if few."""
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled
+from ssmscan.ops._numba.arrays import empty, filled, read
 from ssmscan.ops._numba.compiled import compiled
-from ssmscan.ops._numba.parallel import run, split
+from ssmscan.ops._numba.parallel import run, split_step
 from ssmscan.ops.decoding import advance
 from ssmscan.ops.selective_scan.cpu import exponential, step_size
 from ssmscan.shapes import state_dtype
+
+# Channels that are worth a call of the kernel.
+LEAST = 512
 
 
 @compiled
@@ -27,21 +30,22 @@ def _decays(decay, delta, dt, A, bias, softplus, i, first, end):
 
 # Sums may be taken in vectors; the order is still the same every time.
 @compiled(fastmath={"reassoc", "contract"})
-def _token(x, dt, A, B, C, D, bias, h, y, softplus, i, first, end):
+def _token(x, dt, A, B, C, D, bias, h, y, softplus, begin, stop, first, end):
     width, n = end - first, A.shape[1]
     per_group = A.shape[0] // B.shape[1]
     delta, decay = np.empty(width, A.dtype), np.empty(width * n, A.dtype)
-    _decays(decay, delta, dt, A, bias, softplus, i, first, end)
-    for j in range(width):
-        d = first + j
-        g = d // per_group
-        u = delta[j] * x[i, d]
-        total = u * 0
-        for k in range(n):
-            after = decay[j * n + k] * h[i, d, k] + u * B[i, g, k]
-            h[i, d, k] = after
-            total += C[i, g, k] * after
-        y[i, d] = total + D[d] * x[i, d] if D.size > 0 else total
+    for i in range(begin, stop):
+        _decays(decay, delta, dt, A, bias, softplus, i, first, end)
+        for j in range(width):
+            d = first + j
+            g = d // per_group
+            u = delta[j] * x[i, d]
+            total = u * 0
+            for k in range(n):
+                after = decay[j * n + k] * h[i, d, k] + u * B[i, g, k]
+                h[i, d, k] = after
+                total += C[i, g, k] * after
+            y[i, d] = total + D[d] * x[i, d] if D.size > 0 else total
 
 
 def selective_scan_step(
@@ -60,12 +64,12 @@ def selective_scan_step(
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h)
     skip = empty(0, dtype=dtype) if D is None else D
     bias = filled(A.shape[:1], dtype) if dt_bias is None else dt_bias
-    A, skip, bias = (t.to(dtype).contiguous() for t in (A, skip, bias))
+    A, skip, bias = A.contiguous(), skip.contiguous(), bias.contiguous()
 
     def token(x, dt, B, C, z, h):
         y = empty(*x.shape, dtype=dtype)
-        arrays = [t.detach().to(dtype).numpy() for t in (x, dt, A, B, C, skip, bias, h, y)]
-        run(_token, split(x.shape[0], x.shape[1], narrowest=512), *arrays, softplus)
+        arrays = [read(t, dtype) for t in (x, dt, A, B, C, skip, bias, h, y)]
+        run(_token, split_step(*x.shape, LEAST), *arrays, softplus)
         if z is not None:
             y *= F.silu(z.to(dtype))
         return y.to(x.dtype), h
