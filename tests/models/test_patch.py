@@ -1,6 +1,8 @@
 """transformers' own state-space models on our operations compute what they compute on their own."""
 
+import functools
 import importlib
+import inspect
 import itertools
 
 import pytest
@@ -18,6 +20,8 @@ RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 ARCHITECTURES = pytest.mark.parametrize("architecture", MODELS)
 UNPACKED = ("mamba", "falcon_mamba", "jamba", "recurrent_gemma")
 PACKED = pytest.mark.parametrize("architecture", [name for name in MODELS if name not in UNPACKED])
+# One token of its mixer has its own, with multipliers.
+STEPPED = [name for name in MODELS if name not in ("falcon_h1", "recurrent_gemma")]
 LENGTH = 11
 
 
@@ -124,6 +128,83 @@ def test_cache(architecture, length):
             _close(state, theirs, 1e-5)
 
 
+def _unstepped(monkeypatch, architecture):
+    """Have the mixer's own forward refuse to take one token, as a step is to take it; return the refusal's text."""
+    mixer = type(_mixer(build(architecture)))
+    forward = mixer.forward
+
+    @functools.wraps(forward)
+    def refusing(self, hidden_states, *args, **kwargs):
+        assert hidden_states.shape[1] > 1, "one token"
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(mixer, "forward", refusing)
+    return "one token"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", STEPPED)
+def test_one_token_is_a_step(architecture, monkeypatch):
+    """Of the whole mixer; what needs more than that goes to the mixer's own forward."""
+    refusal = _unstepped(monkeypatch, architecture)
+    model, ids = build(architecture), _ids()
+    tokens = model.generate(ids, max_new_tokens=1, do_sample=False)
+    with patched():
+        assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False)[:, : LENGTH + 1], tokens)
+        mixer, cache = _mixer(model), transformers.DynamicCache(config=model.config)
+        x = torch.randn(2, LENGTH, mixer.in_proj.in_features)
+        # Releases differ in its name.
+        named = {name: cache for name in inspect.signature(mixer.forward).parameters if name.startswith("cache")}
+
+        def step(**inputs):
+            return mixer(x[:, :1], **named, **inputs)
+
+        def refused(**inputs):
+            with pytest.raises(AssertionError, match=refusal):
+                step(**inputs)
+
+        with pytest.raises(AssertionError, match=refusal):
+            mixer(x[:, :1])
+        refused()
+        mixer(x, **named)
+        step()
+        refused(attention_mask=torch.ones(2, 1))
+        with torch.enable_grad():
+            refused()
+        mixer.conv1d._hf_hook = None
+        refused()
+        del mixer.conv1d._hf_hook
+        step()
+        cache.layers[mixer.layer_idx].record_past = True
+        refused()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2"])
+def test_bfloat16_steps(architecture):
+    """In bfloat16, weights and all or by autocast, a step is no further from float32 than without the patch."""
+    model, ids = build(architecture), _ids(8)
+
+    def continued(model):
+        outputs = [model(input_ids=ids[:, :8], use_cache=True)]
+        for t in range(8, LENGTH):
+            outputs.append(_continued(model, ids[:, t : t + 1], outputs[-1]))
+        return torch.cat([output.logits for output in outputs[1:]])
+
+    exact = continued(model)
+
+    def errors():
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = continued(model)
+        narrow = continued(build(architecture).bfloat16())
+        return [((logits.float() - exact).square().mean() ** 0.5).item() for logits in (mixed, narrow)]
+
+    theirs = errors()
+    with patched():
+        ours = errors()
+    assert all(our <= 1.25 * their for our, their in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
 def test_chunks_are_the_whole():
     """Several tokens onto the cache of Mamba-2."""
     model, ids = build("mamba2"), _ids()
@@ -202,7 +283,7 @@ def test_packed_refused(architecture, argument):
 
 @pytest.mark.parametrize("architecture", ["mamba", "jamba", "mamba2", "zamba2"])
 def test_lora(architecture, monkeypatch):
-    """An adapter of in_proj is trained, also where a fused kernel of mamba_ssm would go around it."""
+    """An adapter of in_proj is trained, also where a fused kernel would go around it, and takes part in steps."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = peft.get_peft_model(
@@ -217,8 +298,15 @@ def test_lora(architecture, monkeypatch):
     file = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
     name = "mamba2_split_conv1d_scan_combined" if architecture in ("mamba2", "zamba2") else "mamba_inner_fn"
     monkeypatch.setattr(file, name, fused)
+
+    def stepped():
+        with torch.no_grad():
+            return _continued(model.eval(), ids[:, :1], model(input_ids=ids, use_cache=True)).logits
+
+    expected = stepped()
     with patched():
         patched_logits, patched_gradients = _trained(model, ids)
+        _close(stepped(), expected, 1e-5)
     _close(patched_logits, logits, 1e-5)
     assert any("lora_A" in name and gradient.abs().sum() > 0 for name, gradient in patched_gradients.items())
     for name, gradient in gradients.items():

@@ -2,27 +2,29 @@
 
 import pytest
 import torch
-from step_table import OPTIONS, SELECTIVE_SCAN, SSD, each, one_token, some_tokens, wide
+from step_table import CAUSAL_CONV1D, OPTIONS, SELECTIVE_SCAN, SSD, each, one_token, some_tokens, wide
 from torch.autograd import forward_ad
 
+from ssmscan.ops.causal_conv1d import cpu_step as causal_conv1d_cpu
 from ssmscan.ops.selective_scan import cpu_step as selective_scan_cpu
 from ssmscan.ops.ssd import cpu_step as ssd_cpu
 from ssmscan.testing import assert_close, same_bits
 
 numba = pytest.importorskip("numba")
+CASES = (CAUSAL_CONV1D, SELECTIVE_SCAN, SSD)
 COMPILED = pytest.mark.parametrize(
     ("case", "option"),
-    [(case, option) for case, option in OPTIONS if case in (SELECTIVE_SCAN, SSD)],
+    [(case, option) for case, option in OPTIONS if case in CASES],
     ids=lambda value: value.name.replace(" ", "_"),
 )
-FIRST = pytest.mark.parametrize("case", [SELECTIVE_SCAN, SSD], ids=lambda case: case.name)
+FIRST = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often a token is computed by Numba."""
     count = []
-    for module in (selective_scan_cpu, ssd_cpu):
+    for module in (causal_conv1d_cpu, selective_scan_cpu, ssd_cpu):
 
         def run(*arguments, run=module.run):
             count.append(1)

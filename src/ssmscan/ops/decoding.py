@@ -98,7 +98,8 @@ def advance(
         # A derivative may need the state before.
         before = h.clone() if torch.is_grad_enabled() else h
         y, after = _run(token, inputs, before, several, dtype)
-        h.copy_(after)
+        if after is not h:
+            h.copy_(after)
         return y
     if 0 in (h.shape[0], x.shape[0]):
         return torch.zeros_like(x)

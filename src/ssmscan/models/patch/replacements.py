@@ -159,14 +159,15 @@ def unfused(*_: Any, **__: Any) -> None:
 
 def norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     """The forward of an RMS norm, gated or not, which has groups if its release and model say so."""
-    width = hidden_states.shape[-1]
+    # A module takes microseconds to find that it has no such attribute.
+    own = vars(self)
     return gated_rms_norm(
         hidden_states,
         self.weight,
         gate,
-        eps=self.variance_epsilon,
-        group_size=getattr(self, "group_size", width // getattr(self, "n_groups", 1)),
-        norm_before_gate=getattr(self, "norm_before_gate", False),
+        eps=own["variance_epsilon"],
+        group_size=own.get("group_size") or hidden_states.shape[-1] // own.get("n_groups", 1),
+        norm_before_gate=own.get("norm_before_gate", False),
     )
 
 

@@ -65,10 +65,10 @@ def _convolved(self: Any, x: Tensor, layer: Any) -> Tensor:
 def _mamba(self: Any, hidden_states: Tensor, layer: Any) -> Tensor:
     x, z = self.in_proj(hidden_states).chunk(2, -1)
     x = _convolved(self, x, layer)
-    dt, B, C = self.x_proj(x).split([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], -1)
+    dt, B, C = self.x_proj(x).split_with_sizes([self.time_step_rank, self.ssm_state_size, self.ssm_state_size], -1)
     dt_proj, quantized = self.dt_proj, False
     # FalconMamba and Jamba.
-    if hasattr(self, "dt_layernorm"):
+    if "dt_layernorm" in self._modules:
         dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         quantized = hasattr(self.config, "_is_quantized")
     dt = dt_proj(dt) - dt_proj.bias if quantized else F.linear(dt, dt_proj.weight)
@@ -89,8 +89,9 @@ def _mamba(self: Any, hidden_states: Tensor, layer: Any) -> Tensor:
 
 def _mamba2(self: Any, hidden_states: Tensor, layer: Any) -> Tensor:
     batch, groups, n = hidden_states.shape[0], self.n_groups, self.ssm_state_size
-    z, x, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
-    x, B, C = _convolved(self, x, layer).split([self.intermediate_size, groups * n, groups * n], -1)
+    d = self.intermediate_size
+    z, x, dt = self.in_proj(hidden_states).split_with_sizes([d, self.conv_dim, self.num_heads], -1)
+    x, B, C = _convolved(self, x, layer).split_with_sizes([d, groups * n, groups * n], -1)
     y = ssd_step(
         x.view(batch, 1, self.num_heads, self.head_dim),
         dt,

@@ -32,9 +32,9 @@ def view(tensor: Tensor) -> np.ndarray:
 
 
 def read(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """A tensor that a kernel reads or updates, and no derivative is asked of: as it is in ``dtype``, or else a copy.
+    """What ``tensor.detach().to(dtype).numpy()`` is, at less cost where there is nothing to do.
 
-    A conversion that does nothing costs the host a microsecond all the same, and a decode step takes ten tensors.
+    Each of these calls takes a microsecond all the same, and a decode step takes ten tensors.
     """
     if tensor.dtype is not dtype:
         tensor = tensor.to(dtype)

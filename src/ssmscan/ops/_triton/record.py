@@ -197,9 +197,10 @@ def _record_of(watch: _Recorder, given: int, results: Any) -> Record | None:
 def _replay(record: Record, like: Tensor, pointers: list[int], device: int) -> Any:
     returned = [like.new_empty(shape, dtype=dtype) for shape, dtype in record.returned]
     pointers += [tensor.data_ptr() for tensor in returned]
-    # Freed on return: what this stream allocates next comes after the launches.
-    scratch = like.new_empty(record.scratch, dtype=torch.uint8)
-    pointers.append(scratch.data_ptr())
+    if record.scratch:
+        # Freed on return: what this stream allocates next comes after the launches.
+        scratch = like.new_empty(record.scratch, dtype=torch.uint8)
+        pointers.append(scratch.data_ptr())
     stream = torch._C._cuda_getCurrentRawStream(device)
     for compiled, grid, places, rest in record.launches:
         compiled.run(

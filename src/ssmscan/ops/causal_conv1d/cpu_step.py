@@ -4,7 +4,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, read
+from ssmscan.ops._numba.arrays import empty, read, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run, split_step
 from ssmscan.ops.decoding import advance
@@ -35,12 +35,12 @@ def causal_conv1d_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, state_indices: Tensor | None, silu: bool
 ) -> Tensor:
     dtype = state_dtype(x, weight, bias, h)
-    weight, bias = weight.contiguous(), empty(0, dtype=dtype) if bias is None else bias.contiguous()
+    bias = empty(0, dtype=dtype) if bias is None else bias
+    parameters = [view(t.detach().to(dtype).contiguous()) for t in (weight, bias)]
 
     def token(x, h):
         y = empty(*x.shape, dtype=dtype)
-        arrays = [read(t, dtype) for t in (x, weight, bias, h, y)]
-        run(_token, split_step(*x.shape, LEAST), *arrays)
+        run(_token, split_step(*x.shape, LEAST), read(x, dtype), *parameters, read(h, dtype), y.numpy())
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype), h
 
     return advance(token, (x,), h, state_indices, x.dim() == 3, dtype)

@@ -139,7 +139,8 @@ def causal_conv1d_step(
     leading = leading_axes("causal_conv1d_step", x, "d")
     silu = _check("causal_conv1d_step", leading + "d", x, weight, bias, activation, {"h": h})
     d, w = weight.shape
-    rows = h.shape[1] if h.dim() == 3 and w <= h.shape[1] <= WIDEST else w - 1
+    older = h is not None and h.dim() == 3 and w <= h.shape[1] <= WIDEST
+    rows = h.shape[1] if older else w - 1
     check_state("causal_conv1d_step", h, "w-1, d", x.shape[0], (rows, d), state_indices)
     dtype = state_dtype(x, weight, bias, h)
     if fused("causal_conv1d_step", dtype, h, x, weight, bias):

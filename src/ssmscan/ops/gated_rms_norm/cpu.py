@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, view
+from ssmscan.ops._numba.arrays import empty, filled, read, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options
@@ -92,11 +92,10 @@ def forward(inputs: Inputs, options: Options) -> Tensor:
     dtype = state_dtype(x, weight, z)
     y = empty(*x.shape, dtype=dtype)
     if y.numel() > 0:
-        rows = y.view(-1, x.shape[-1])
-        gate = _gate(z, x, dtype)
+        rows = y.numpy().reshape(-1, x.shape[-1])
         parts = [part[1:] for part in _parts(rows.shape[0])]
         scale = view(weight.to(dtype).contiguous())
-        run(_forward, parts, _rows(x, dtype), gate, scale, rows.numpy(), eps, size, norm_before_gate)
+        run(_forward, parts, _rows(x, dtype), _gate(z, x.shape[-1], dtype), scale, rows, eps, size, norm_before_gate)
     return y.to(options.dtype)
 
 
@@ -115,7 +114,7 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
             _backward,
             parts,
             _rows(x, dtype),
-            _gate(z, x, dtype),
+            _gate(z, d, dtype),
             view(weight.to(dtype).contiguous()),
             _rows(dy, dtype),
             dx.view(n, d).numpy(),
@@ -140,13 +139,9 @@ def _parts(n: int) -> list[tuple[int, int, int]]:
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return tensor.detach().to(dtype).reshape(-1, tensor.shape[-1]).contiguous().numpy()
+    return read(tensor.contiguous(), dtype).reshape(-1, tensor.shape[-1])
 
 
-def _gate(z: Tensor | None, x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """silu(z) in rows; without z no rows."""
-    return (
-        np.empty((0, x.shape[-1]), x.new_empty(0, dtype=dtype).numpy().dtype)
-        if z is None
-        else _rows(F.silu(z.to(dtype)), dtype)
-    )
+def _gate(z: Tensor | None, d: int, dtype: torch.dtype) -> np.ndarray:
+    """silu(z) in rows of d channels; without z no rows."""
+    return empty(0, d, dtype=dtype).numpy() if z is None else _rows(F.silu(z.to(dtype)), dtype)

@@ -4,7 +4,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, read
+from ssmscan.ops._numba.arrays import empty, filled, read, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run, split_step
 from ssmscan.ops.decoding import advance
@@ -30,7 +30,7 @@ def _decays(decay, delta, dt, A, bias, softplus, i, first, end):
 
 # Sums may be taken in vectors; the order is still the same every time.
 @compiled(fastmath={"reassoc", "contract"})
-def _token(x, dt, A, B, C, D, bias, h, y, softplus, begin, stop, first, end):
+def _token(x, dt, B, C, h, y, A, D, bias, softplus, begin, stop, first, end):
     width, n = end - first, A.shape[1]
     per_group = A.shape[0] // B.shape[1]
     delta, decay = np.empty(width, A.dtype), np.empty(width * n, A.dtype)
@@ -64,12 +64,12 @@ def selective_scan_step(
     dtype = state_dtype(x, dt, A, B, C, D, z, dt_bias, h)
     skip = empty(0, dtype=dtype) if D is None else D
     bias = filled(A.shape[:1], dtype) if dt_bias is None else dt_bias
-    A, skip, bias = A.contiguous(), skip.contiguous(), bias.contiguous()
+    parameters = [view(t.detach().to(dtype).contiguous()) for t in (A, skip, bias)]
 
     def token(x, dt, B, C, z, h):
         y = empty(*x.shape, dtype=dtype)
-        arrays = [read(t, dtype) for t in (x, dt, A, B, C, skip, bias, h, y)]
-        run(_token, split_step(*x.shape, LEAST), *arrays, softplus)
+        tokens = [read(t, dtype) for t in (x, dt, B, C, h, y)]
+        run(_token, split_step(*x.shape, LEAST), *tokens, *parameters, softplus)
         if z is not None:
             y *= F.silu(z.to(dtype))
         return y.to(x.dtype), h

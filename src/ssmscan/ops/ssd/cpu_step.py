@@ -4,7 +4,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmscan.ops._numba.arrays import empty, filled, read
+from ssmscan.ops._numba.arrays import empty, filled, read, view
 from ssmscan.ops._numba.compiled import compiled
 from ssmscan.ops._numba.parallel import run
 from ssmscan.ops.decoding import advance
@@ -17,7 +17,7 @@ LEAST = 1 << 16
 
 # Sums may be taken in vectors; the order is still the same every time.
 @compiled(fastmath={"reassoc", "contract"})
-def _token(x, dt, A, B, C, D, bias, h, y, softplus, low, high, i, first, end):
+def _token(x, dt, B, C, h, y, A, D, bias, softplus, low, high, i, first, end):
     per_group = A.shape[0] // B.shape[1]
     for head in range(first, end):
         delta, _ = step_size(dt[i, head] + bias[head], softplus, low, high)
@@ -51,15 +51,15 @@ def ssd_step(
     heads, p = x.shape[-2:]
     skip = empty(0, 0, dtype=dtype) if D is None else D.view(heads, -1).expand(heads, p)
     bias = filled((heads,), dtype) if dt_bias is None else dt_bias
-    A, skip, bias = A.contiguous(), skip.contiguous(), bias.contiguous()
+    parameters = [view(t.detach().to(dtype).contiguous()) for t in (A, skip, bias)]
 
     def token(x, dt, B, C, z, h):
         y = empty(*x.shape, dtype=dtype)
         # One part of the work for each LEAST elements, in whole heads.
         count = max(-(-LEAST // max(h[0, 0].numel(), 1)), 1) if h.numel() else 1
         parts = [(i, j, min(j + count, heads)) for i in range(x.shape[0]) for j in range(0, heads, count)]
-        arrays = [read(t, dtype) for t in (x, dt, A, B, C, skip, bias, h, y)]
-        run(_token, parts, *arrays, softplus, low, high)
+        tokens = [read(t, dtype) for t in (x, dt, B, C, h, y)]
+        run(_token, parts, *tokens, *parameters, softplus, low, high)
         if z is not None:
             y *= F.silu(z.to(dtype))
         return y.to(x.dtype), h
