@@ -47,7 +47,7 @@ def backward_config(n: int) -> BackwardConfig:
     """For n states; a lane holds four of each of ``repeats`` channels."""
     if n <= 16:
         # Beyond one walker for each multiprocessor of an H200 a whole walk is as fast as one of segments.
-        return BackwardConfig(states=16, BD=64, repeats=2, warps=4, resident=264, programs=1056, divided=132, kept=4)
+        return BackwardConfig(states=16, BD=64, repeats=2, warps=4, resident=264, programs=528, divided=132, kept=4)
     states = padded(n)
     repeats = 2 if states < 256 else 4
     warps = states // (4 * repeats)
