@@ -130,7 +130,7 @@ class Line:
         ms = call_ms(call, self.device)
         self.last = length, ms / 1e3
         mib = peak_mib(lambda _: call(), self.device)
-        return {"ms": float(f"{ms:.4g}"), "peak_gib": None if mib is None else round(mib / 2**10, 3)}
+        return {"ms": float(f"{ms:.4g}"), "peak_gib": None if mib is None else float(f"{mib / 2**10:.4g}")}
 
 
 def _call(work: Work, direction: str) -> Callable[[], object]:
