@@ -40,7 +40,7 @@ def causal_conv1d_step(
 
     def token(x, h):
         y = empty(*x.shape, dtype=dtype)
-        run(_token, split_step(*x.shape, LEAST), read(x, dtype), *parameters, read(h, dtype), y.numpy())
+        run(_token, split_step(x.shape[0], x.shape[1], LEAST), read(x, dtype), *parameters, read(h, dtype), y.numpy())
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype), h
 
     return advance(token, (x,), h, state_indices, x.dim() == 3, dtype)

@@ -69,7 +69,7 @@ def selective_scan_step(
     def token(x, dt, B, C, z, h):
         y = empty(*x.shape, dtype=dtype)
         tokens = [read(t, dtype) for t in (x, dt, B, C, h, y)]
-        run(_token, split_step(*x.shape, LEAST), *tokens, *parameters, softplus)
+        run(_token, split_step(x.shape[0], x.shape[1], LEAST), *tokens, *parameters, softplus)
         if z is not None:
             y *= F.silu(z.to(dtype))
         return y.to(x.dtype), h
