@@ -321,6 +321,16 @@ def test_help_tells_defaults_and_units(capsys):
     assert "--optim.lr LR peak learning rate. (type: float, default: 0.002)" in out
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_groups_of_the_help_are_named_in_words(capsys, task):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--task.name", task, "--help"])
+    headings = re.findall(r"^(\S.*):$", capsys.readouterr().out, re.MULTILINE)
+    assert len(headings) == 6
+    assert all(re.fullmatch(r"[A-Za-z ,:]+", heading) for heading in headings), headings
+    assert "the shape of the model" in headings
+
+
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory):
     """A run on a text, hardly trained."""
