@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ssmscan import cli
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import SelectiveCopying, Text
-from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, shards, train
+from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, checkpoint, shards, train
 from ssmscan.training.config import to_yaml
 from ssmscan.training.step import Step
 
@@ -241,6 +241,10 @@ def test_what_several_processes_leave(ran):
         "shards",
         "training.pt",
     }
+    assert checkpoint.why_no_model(ran / "dp" / "checkpoints" / "step_00000020") == (
+        "a run's checkpoints, in shards of several processes",
+        f"Give {ran / 'dp'}, where the run has left its model.",
+    )
     weights = SSMForCausalLM.from_pretrained(ran / "dp").state_dict()
     assert all(weights[name].shape == tensor.shape for name, tensor in load_file(ran / "dp/model.safetensors").items())
 
