@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from ssmscan.training.report import read_log
+
 # Lines of each split that stay in a log.
 LINES = 80
 # A step counts as a spike where its loss is so much above the median of as many logged steps before it (nats).
@@ -72,17 +74,6 @@ def keep(run: Path, record: Path, about: dict[str, Any]) -> None:
     }
     whole = {**about, **training(lines), "evaluations": evaluations}
     (record / "record.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's or a record's log; none where there is none, nor the half line of a killed run."""
-    path, lines = folder / "log.jsonl", []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 
 def last_loss(folder: Path) -> float:

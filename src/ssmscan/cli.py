@@ -105,7 +105,7 @@ def _run(arguments: list[str]) -> int:
         command, values = _parse(arguments)
         run = train_config(arguments[1:], values) if command == "train" else None
     except (ArgumentError, TypeError, ValueError) as reason:
-        return _fail(_one_line(str(reason)), 2)
+        return _misused(_one_line(str(reason)))
     if run is not None:
         return _train(*run)
     if command == "tokenize":
@@ -130,7 +130,7 @@ def _train(config: TrainConfig, resume: bool) -> int:
             flush=True,
         )
     except UsageError as reason:
-        return _fail(str(reason), 2)
+        return _misused(str(reason))
     except BrokenPipeError:
         return _fail(f"train: the reader of the output is gone.{_how_to_go_on(config)}", UNREAD)
     except OSError as reason:
@@ -170,6 +170,13 @@ def _fail(message: str, status: int) -> int:
     # In one piece, for other processes may write there as well.
     print(f"{message}\n", end="", file=sys.stderr)
     return status
+
+
+def _misused(message: str) -> int:
+    """The status of wrong usage, of which one process of a machine tells: they were started by the same command."""
+    from ssmscan.training.ranks import is_first_here
+
+    return _fail(message, 2) if is_first_here() else 2
 
 
 def _parse(arguments: list[str]) -> tuple[str, Namespace]:

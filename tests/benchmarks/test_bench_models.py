@@ -81,6 +81,17 @@ def test_models(name, sizes, rows, measured, tmp_path, capsys):
     assert printed == [{key: value for key, value in row.items() if key not in ORIGIN} for row in recorded]
 
 
+def test_a_tiny_peak_is_not_rounded_away(monkeypatch):
+    """Neither that of a model nor that of an operation; a large one has as many digits."""
+    operation = operations.Operation(lambda *_: operations.Work(torch.exp, (torch.ones(1),)))
+    for nbytes, gib in ((1000, 9.313e-07), (3 * 2**20, 0.00293), (12_345_678_901, 11.5)):
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda nbytes=nbytes: nbytes)
+        monkeypatch.setattr(operations, "peak_mib", lambda *_, nbytes=nbytes: nbytes / 2**20)
+        assert timing.peak_gib("cuda") == gib
+        assert operations.Line(operation, "fwd", 2.0, "cpu").measure(1, 1)["peak_gib"] == gib
+    assert timing.peak_gib("cpu") is None
+
+
 def test_rates_of_a_continuation(tmp_path, monkeypatch):
     """Of the tokens after the first in the time after the first, and of all in all of it."""
     monkeypatch.setattr(generating.Reader, "_call", lambda *_: (0.5, 0.25))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import start
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,6 +194,19 @@ def _refuses_what_does_not_divide(meshes):
     ):
         with pytest.raises(ValueError, match=rf"parallelize: the {got}.* must be a multiple of the 2 ranks of tp"):
             parallelize(layer, meshes["tp2"])
+    # The layers before the one that is refused are as they were.
+    _refused(nn.ModuleList([Attention(4, num_heads=2), Attention(6, num_heads=3)]), meshes["tp2"], ValueError)
+
+
+def _refused(model, mesh, error):
+    """``parallelize`` raises, and leaves the model as it was."""
+    parts = {name: vars(module).copy() for name, module in model.named_modules()}
+    tensors = dict(model.named_parameters())
+    with pytest.raises(error, match="parallelize: "):
+        parallelize(model, mesh)
+    assert {name: vars(module) for name, module in model.named_modules()} == parts
+    assert all(tensor is tensors.pop(name) for name, tensor in model.named_parameters())
+    assert not tensors
 
 
 @pytest.fixture(scope="module", params=(2, 4), ids=lambda ranks: f"{ranks} ranks")
@@ -268,6 +282,8 @@ def test_refusals(alone):
         parallelize(S4D(2), _mesh("tp1"))
     with pytest.raises(TypeError, match=r"parallelize: parameters to shard must be of one dtype, got \[torch.bf"):
         parallelize(GatedSSM(2, dtype=torch.bfloat16), _mesh("dp1"))
+    _refused(nn.ModuleList([GatedSSM(2), S4D(2)]), _mesh("cp1,tp1"), NotImplementedError)
+    _refused(nn.ModuleList([GatedSSM(2), GatedSSM(2, dtype=torch.bfloat16)]), _mesh("dp1,tp1"), TypeError)
     model = parallelize(cases.build_model(["gated_ssm"]), _mesh("cp1"))
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="SSMForCausalLM: shift_labels must be given in place of labels"):

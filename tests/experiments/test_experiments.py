@@ -8,8 +8,9 @@ import pytest
 
 from experiments import report
 from experiments.plan import read
-from experiments.record import LINES, keep, read_log, thinned, training
+from experiments.record import LINES, keep, thinned, training
 from ssmscan.training.options import train_config, train_parser
+from ssmscan.training.report import read_log
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "experiments.md"

@@ -199,10 +199,10 @@ def test_65536_tokens_on_a_gpu():
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() < 0.02 * expected[name].norm(), name
     assert peak < whole / 4
-    # Beside tokens, 16 bytes each, the states between the chunks.
+    # Beside tokens, 16 bytes each, the states between the chunks. One activation of a chunk would be 12 MiB more.
     _, _, longer = _on_a_gpu(2**18, chunk=2**13)
     states = 24 * 4 * 4 * (24 * 64 * 128 + 3 * 1792)
-    assert longer - peak < 1.1 * (states + 16 * 3 * 2**16) + 2**24
+    assert longer - peak < states + 16 * 3 * 2**16 + 2**22
 
 
 def test_refusals():

@@ -13,16 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from tiny_runs import TINY, log_of
 from torch import nn
 
 from ssmscan.models import SSMForCausalLM, load_pretrained
 from ssmscan.models.modeling import CausalLMOutputWithPast
-from ssmscan.tasks import IGNORE, SelectiveCopying, Text
+from ssmscan.tasks import IGNORE, SelectiveCopying
 from ssmscan.training import (
     ModelConfig,
-    OptimConfig,
     RunError,
-    TrainConfig,
     UsageError,
     batches,
     checkpoint,
@@ -32,26 +31,6 @@ from ssmscan.training import (
 )
 from ssmscan.training.folder import LOCK, RUN_FILES
 from ssmscan.training.optim import make_optimizer
-
-TINY = TrainConfig(
-    steps=20,
-    batch_size=4,
-    eval_every=10,
-    eval_tokens=42,
-    log_every=1,
-    save_every=10,
-    device="cpu",
-    task=SelectiveCopying(symbols=3, data_tokens=2, length=5),
-    model=ModelConfig(mixers="gated_ssm", layers=2, hidden_size=8, mixer_options={"gated_ssm": {"expand": 2}}),
-    optim=OptimConfig(warmup=5),
-)
-
-
-def _log(folder):
-    """The lines of a run's log, without what depends on the clock."""
-    clock = ("seconds", "tokens_per_second", "mfu", "peak_gib")
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +53,7 @@ def test_what_a_run_leaves(whole):
     assert metrics.evaluation.keys() == {"loss", "accuracy"}
     assert written["steps"] == 20
     assert written["versions"]["torch"] == torch.__version__
-    lines = _log(folder)
+    lines = log_of(folder)
     assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 21))
     assert [line["step"] for line in lines if line["split"] == "eval"] == [10, 20]
     assert lines[-1]["accuracy"] == metrics.evaluation["accuracy"]
@@ -119,7 +98,7 @@ train({replace(TINY, out=str(tmp_path / "run"))!r})
     assert left == ["step_00000010", "unfinished_00000020"]
 
     train(replace(TINY, out=str(tmp_path / "run")), resume=True)
-    assert _log(tmp_path / "run") == _log(whole[0])
+    assert log_of(tmp_path / "run") == log_of(whole[0])
     for name in ("model.safetensors", "checkpoints/step_00000020/training.pt"):
         ours, theirs = tmp_path / "run" / name, whole[0] / name
         if name.endswith(".pt"):
@@ -138,7 +117,7 @@ def test_resumes_from_the_one_before_a_broken_checkpoint(whole, tmp_path):
     newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.warns(UserWarning, match="step_00000020 is broken"):
         train(config, resume=True)
-    assert _log(tmp_path / "run") == _log(whole[0])
+    assert log_of(tmp_path / "run") == log_of(whole[0])
 
 
 def test_a_log_with_half_a_line_is_mended(whole, tmp_path):
@@ -147,7 +126,7 @@ def test_a_log_with_half_a_line_is_mended(whole, tmp_path):
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"split": "train", "st')
     train(replace(config, steps=12), resume=True)
-    assert [line["step"] for line in _log(tmp_path)] == [*range(1, 11), 10, 11, 12, 12]
+    assert [line["step"] for line in log_of(tmp_path)] == [*range(1, 11), 10, 11, 12, 12]
 
 
 def test_evaluations_take_the_same_examples(tmp_path, monkeypatch):
@@ -197,7 +176,7 @@ def test_an_evaluation_counts_each_answer_once():
 
 def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
     """To the length asked for; short ones are left as they are, and the log tells the length before."""
-    clip = statistics.median(line["grad_norm"] for line in _log(whole[0]) if line["split"] == "train")
+    clip = statistics.median(line["grad_norm"] for line in log_of(whole[0]) if line["split"] == "train")
     norms = []
 
     def watched(*arguments):
@@ -210,7 +189,7 @@ def test_long_gradients_are_clipped(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "make_optimizer", watched)
     train(replace(TINY, out=str(tmp_path), optim=replace(TINY.optim, clip=clip)))
-    logged = [line["grad_norm"] for line in _log(tmp_path) if line["split"] == "train"]
+    logged = [line["grad_norm"] for line in log_of(tmp_path) if line["split"] == "train"]
     assert min(logged) < clip < max(logged)
     assert norms == pytest.approx([min(norm, clip) for norm in logged], rel=1e-5)
 
@@ -286,7 +265,7 @@ def test_accumulation_changes_nothing_but_rounding(whole, tmp_path):
     task = Ragged(symbols=3, data_tokens=2, length=5)
     for micro in (None, 2, 1):
         train(replace(TINY, out=str(tmp_path / str(micro)), task=task, micro_batch_size=micro))
-    logs = [_log(tmp_path / str(micro)) for micro in (None, 2, 1)]
+    logs = [log_of(tmp_path / str(micro)) for micro in (None, 2, 1)]
     for log in logs[1:]:
         for line, expected in zip(log, logs[0], strict=True):
             if line["split"] == "train":
@@ -302,7 +281,7 @@ def test_a_checkpoint_when_minutes_have_gone_by(tmp_path):
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}])
 def test_a_run_with(whole, tmp_path, options):
     train(replace(TINY, out=str(tmp_path), **options))
-    for line, expected in zip(_log(tmp_path), _log(whole[0]), strict=True):
+    for line, expected in zip(log_of(tmp_path), log_of(whole[0]), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5 if "precision" not in options else 2e-2)
 
 
@@ -341,108 +320,11 @@ def test_overwriting_replaces_a_run_and_nothing_else(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("keywords", "part"),
-    [
-        ({"out": ""}, "out must name a folder, got ''"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"steps": 1.5}, "steps must be an integer, got 1.5"),
-        ({"batch_size": "8"}, "batch_size must be an integer, got '8'"),
-        ({"keep": True}, "keep must be an integer, got True"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"seed": 2**63}, "seed must be 0 to 2^63 - 1, got 9223372036854775808"),
-        ({"target": "accuracy > 1"}, "target must be a measure, >= or <=, and a number, .* got 'accuracy > 1'"),
-        ({"target": "loss <= nan"}, "target must be a measure, >= or <=, and a number, .* got 'loss <= nan'"),
-        ({"micro_batch_size": 5}, "micro_batch_size must divide batch_size = 64, got 5"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
-        ({"save_minutes": 0}, "save_minutes must be positive, got 0"),
-    ],
-)
-def test_config_refusals(keywords, part):
-    with pytest.raises(TypeError if "an integer" in part else ValueError, match=f"train: {part.replace('^', '.')}"):
-        TrainConfig(**keywords)
-
-
 def test_checkpoints_hold_no_pickled_code(whole):
     """They are read with weights_only, which refuses anything but tensors and plain values."""
     training = torch.load(whole[0] / "checkpoints" / "step_00000020" / "training.pt", weights_only=True)
     assert set(training) == {"update", "random", "seconds"}
     assert checkpoint._fault(whole[0] / "checkpoints" / "step_00000020") is None
-
-
-@pytest.fixture
-def play(tmp_path):
-    """A file of text."""
-    path = tmp_path / "play.txt"
-    path.write_text("KING:\nTo be, or not to be – that is the question.\n" * 20, encoding="utf-8")
-    return path
-
-
-def test_text_resumed_on_the_same_bits(play, tmp_path, monkeypatch):
-    config = replace(
-        TINY, task=Text(str(play), length=16), model=ModelConfig(mixers=["mamba", "gated_ssm"], hidden_size=8)
-    )
-    whole = train(replace(config, out=str(tmp_path / "whole")))
-    assert whole.evaluation.keys() == {"loss", "accuracy", "bits_per_byte"}
-    # A dash of three bytes in 50 characters.
-    assert 0.9 < whole.evaluation["bits_per_byte"] / (whole.evaluation["loss"] / math.log(2)) < 1
-
-    def save(*arguments):
-        checkpoint_save(*arguments)
-        raise KeyboardInterrupt
-
-    checkpoint_save = checkpoint.save
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(config, out=str(tmp_path / "run")))
-    assert train(replace(config, out=str(tmp_path / "run")), resume=True).evaluation == whole.evaluation
-    assert _log(tmp_path / "run") == _log(tmp_path / "whole")
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_a_run_is_not_continued_on_another_text(play, tmp_path):
-    # A name that a plot's title must not take for a formula.
-    play = play.rename(tmp_path / "a$^$ play.txt")
-    config = replace(TINY, out=str(tmp_path / "run"), task=Text(str(play), length=16), steps=1)
-    train(config)
-    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["task"]
-    assert written.pop("name") == "text"
-    play.write_text(play.read_text(encoding="utf-8").replace("be", "do"), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"text: data must have the SHA-256 \w+, got \w+\. Its content has changed"):
-        train(replace(config, task=Text(**written), steps=2), resume=True)
-
-
-def test_a_text_is_not_for_a_model_that_sees_its_end(play, tmp_path):
-    hydra = ModelConfig(mixers="hydra", hidden_size=8, mixer_options={"hydra": {"headdim": 4}})
-    config = replace(TINY, out=str(tmp_path / "run"), task=Text(str(play), length=16), model=hydra)
-    with pytest.raises(UsageError, match="train: mixers must be causal for the task text, got hydra"):
-        train(config)
-    train(replace(config, task=TINY.task, steps=1))
-
-
-@pytest.mark.parametrize(
-    ("keywords", "part"),
-    [
-        ({"layers": 1.5}, "model: layers must be an integer, got 1.5"),
-        ({"layers": 1}, "model: layers must be at least 2, got 1"),
-        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
-        ({"mixers": "mambo"}, "mixers must be of .*, got 'mambo'"),
-        ({"mixer_options": {"mamba": {"d_stat": 3}}}, "mixer_options"),
-    ],
-)
-def test_model_refusals(keywords, part):
-    with pytest.raises(TypeError if "an integer" in part else ValueError, match=part):
-        ModelConfig(**keywords)
-
-
-def test_mixers_are_repeated_through_the_layers():
-    hybrid = ModelConfig(["mamba2", "mamba2", "attention"], 7, mixer_options={"attention": {"num_heads": 2}}).build(5)
-    assert hybrid.mixers == ["mamba2", "mamba2", "attention", "mamba2", "mamba2", "attention", "mamba2"]
-    assert ModelConfig(mixers="s4d").build(5).mixers == ["s4d"]
-    assert ModelConfig(mixers="s4d", layers=2).build(5).mixers == ["s4d", "s4d"]
 
 
 def test_a_model_that_cannot_be_built_is_refused(tmp_path):

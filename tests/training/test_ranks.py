@@ -24,10 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ssmscan import cli
 from ssmscan.models import SSMForCausalLM
 from ssmscan.tasks import SelectiveCopying, Text
-from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, shards, train
+from ssmscan.training import MeshConfig, ModelConfig, OptimConfig, TrainConfig, UsageError, checkpoint, shards, train
 from ssmscan.training.config import to_yaml
-from ssmscan.training.options import train_config, train_parser
-from ssmscan.training.ranks import Ranks, device_of, joined
 from ssmscan.training.step import Step
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forkserver")
@@ -243,6 +241,10 @@ def test_what_several_processes_leave(ran):
         "shards",
         "training.pt",
     }
+    assert checkpoint.why_no_model(ran / "dp" / "checkpoints" / "step_00000020") == (
+        "a run's checkpoints, in shards of several processes",
+        f"Give {ran / 'dp'}, where the run has left its model.",
+    )
     weights = SSMForCausalLM.from_pretrained(ran / "dp").state_dict()
     assert all(weights[name].shape == tensor.shape for name, tensor in load_file(ran / "dp/model.safetensors").items())
 
@@ -305,8 +307,8 @@ def test_a_process_that_dies_ends_the_run(tmp_path):
     ended, told = _start(2, tmp_path, _command, _free_port(), partial(_get_a_signal, signal.SIGKILL, 4))
     assert ended == [1, -signal.SIGKILL], told
     (line,) = (line for line in told[0].splitlines() if line.startswith("train:"))
-    assert line.startswith("train: all processes must go on, got one that is gone (")
-    assert line.endswith(f"Continue with torchrun … -m ssmscan train --resume {out}.")
+    advice = f"Continue with torchrun … -m ssmscan train --resume {out}."
+    assert line == f"train: all processes must go on, got one that is gone. {advice}"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002"]
     assert train(replace(SMALL, out=str(out)), resume=True).steps == 6
 
@@ -329,7 +331,7 @@ def test_a_folder_that_is_taken_ends_all(tmp_path):
     ended, told = _start(2, tmp_path, _command, _free_port(), _nothing)
     assert ended == [2, 2], told
     assert "train: out must be a new folder, got " in told[0]
-    assert told[1].startswith("train: out must be a folder that the first process can have, got ")
+    assert told[1] == ""
 
 
 def test_a_run_is_not_continued_by_another_model(tmp_path):
@@ -359,49 +361,3 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as raised:
         shards.save(tmp_path / "shards", SimpleNamespace(named={}))
     assert raised.value.filename == str(tmp_path / "shards")
-
-
-@pytest.mark.parametrize(
-    ("changes", "environment", "message"),
-    [
-        (
-            {"mesh": MeshConfig(dp=2)},
-            {},
-            r"the 1 processes that were started, got 2 · 1 · 1\. Start 2 by .*, or give another --mesh\.",
-        ),
-        ({"mesh": MeshConfig(cp=3)}, {"WORLD_SIZE": "4"}, "the 4 processes that were started, got 1 · 3 · 1"),
-        ({"batch_size": 3}, {"WORLD_SIZE": "2"}, "batch_size must be a multiple of dp = 2, got 3"),
-        ({"micro_batch_size": 4}, {"WORLD_SIZE": "2"}, "micro_batch_size must divide batch_size / dp = 2, got 4"),
-        ({"precision": "float16"}, {"WORLD_SIZE": "2"}, "precision must not be float16 on several processes"),
-    ],
-)
-def test_refusals(changes, environment, message, monkeypatch):
-    for name, value in ({"RANK": "0"} | environment).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=message), joined(replace(COPY, **changes)):
-        pass
-
-
-def test_more_processes_than_devices(monkeypatch):
-    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_of(COPY) == torch.device("cpu")
-    with pytest.raises(UsageError, match="processes of a machine must be at most its 2 devices, got process 3"):
-        device_of(replace(COPY, device="cuda"))
-
-
-def test_a_run_goes_on_with_another_mesh(tmp_path):
-    (tmp_path / "config.yaml").write_text(to_yaml(replace(COPY, mesh=MeshConfig(dp=2, timeout=7.0))))
-    arguments = ["--resume", str(tmp_path), "--mesh.cp", "2", "--mesh.dp", "null"]
-    parser = train_parser(arguments)
-    config, resume = train_config(arguments, parser.instantiate(parser.parse_args(arguments)))
-    assert resume
-    assert config == replace(COPY, out=str(tmp_path), mesh=MeshConfig(cp=2, timeout=7.0))
-
-
-def test_one_process_needs_no_group(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ssmscan.training.mesh", None)
-    with joined(COPY) as ranks:
-        assert type(ranks) is Ranks

@@ -98,6 +98,11 @@ def input_sets(nbytes: int, device: str) -> int:
     return max(1, min(max(2, 3 * cache // max(nbytes, 1) + 1), free // 4 // max(nbytes, 1), 64))
 
 
+def rounded(value: float) -> float:
+    """Four digits, however small it is: more than a measurement is good for."""
+    return float(f"{value:.4g}")
+
+
 def peak_mib(function: Callable[[int], object], device: str) -> float | None:
     """Peak device memory of one call, over what was held before it, in MiB."""
     if device != "cuda":

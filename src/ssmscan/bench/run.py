@@ -48,7 +48,7 @@ def run_cases(
     """
     chosen = [backends_of(case, device, backends) for case in cases]
     source = commit() if source is None else source
-    copy = _rounded(measure.copy_gbps(device))
+    copy = measure.rounded(measure.copy_gbps(device))
     well = True
     for case, names in zip(cases, chosen, strict=True):
         rows, failures = _measure(case, device, names, copy)
@@ -202,12 +202,12 @@ def _row(
         direction=direction,
         backend=backend,
         variant=benchmark.variant,
-        median_ms=_rounded(timing.median_ms),
-        p20_ms=_rounded(timing.p20_ms),
-        p80_ms=_rounded(timing.p80_ms),
-        floor_ms=_rounded(floor),
-        ratio_to_floor=_rounded(timing.median_ms / floor),
-        peak_mib=None if peak is None else _rounded(peak),
+        median_ms=measure.rounded(timing.median_ms),
+        p20_ms=measure.rounded(timing.p20_ms),
+        p80_ms=measure.rounded(timing.p80_ms),
+        floor_ms=measure.rounded(floor),
+        ratio_to_floor=measure.rounded(timing.median_ms / floor),
+        peak_mib=None if peak is None else measure.rounded(peak),
     )
 
 
@@ -256,7 +256,7 @@ def host_times(case: OpCase, backend: str) -> dict[str, float]:
     chosen = _able(benchmark, (backend,))[0]
     tensors = [tensor.requires_grad_() for tensor in call.tensors.values()]
     ours = _host_us(lambda: call.run(chosen)["y"], tensors)
-    return {name: _rounded(us) for name, us in {**ours, **_attention_us()}.items()}
+    return {name: measure.rounded(us) for name, us in {**ours, **_attention_us()}.items()}
 
 
 @cache
@@ -271,8 +271,3 @@ def _host_us(function: Callable[[], Tensor], tensors: Sequence[Tensor]) -> dict[
     with torch.no_grad():
         forward = measure.host_us(function)
     return {"fwd": forward, "fwdbwd": measure.host_us(lambda: torch.autograd.grad(function(), tensors, dy))}
-
-
-def _rounded(value: float) -> float:
-    """Four digits: more than a timing is good for."""
-    return float(f"{value:.4g}")

@@ -1,12 +1,14 @@
 """parallelize: a model on a mesh of processes."""
 
+from copy import deepcopy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.loss import SeveralHolders
 from ssmscan.distributed.sequence import SplitContext
-from ssmscan.distributed.sharding import shard
+from ssmscan.distributed.sharding import dtype_of, shard
 from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
 from ssmscan.shapes import error
@@ -50,6 +52,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
         TypeError: parameters of several dtypes over "dp" or "cp".
         NotImplementedError: a mixer that has no form for "tp".
 
+    Where one of these is raised, the model is as it was.
+
     Zhao et al., "PyTorch FSDP" (2023), for the sharding; Shoeybi et al., "Megatron-LM" (2019), section 3, for the
     split of columns and then of rows.
 
@@ -71,14 +75,18 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
     if not names or list(names) != [name for name in DIMENSIONS if name in names]:
         rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
         raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
+    data = tuple(name for name in names if name != "tp")
+    # All that can be refused is refused before the first change.
+    if data:
+        dtype_of(model)
     if "tp" in names:
+        split(_without_memory(model), mesh["tp"])
         split(model, mesh["tp"])
     if "cp" in names:
         context = SplitContext(mesh.get_group("cp"))
         for module in model.modules():
             if isinstance(getattr(module, "context", None), Context):
                 module.context = context  # type: ignore[assignment]
-    data = tuple(name for name in names if name != "tp")
     if data:
         holders = mesh[data] if len(data) == 1 else mesh[data]._flatten()
         if "tp" in names:
@@ -88,3 +96,13 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
         if hasattr(model, "holders"):
             model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
     return model
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """A copy of a model on the device "meta", for what is done on trial."""
+    made: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        parameter = isinstance(tensor, nn.Parameter)
+        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    return deepcopy(model, made)

@@ -18,16 +18,22 @@ def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
     Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it,
     apart from the modules with a parameter that stays wide.
     """
+    dtype = dtype_of(model)
+    blocks = [module for module in model.modules() if isinstance(module, Block) and module is not model]
+    for module in (*blocks, model):
+        if param_dtype is not None and (module is not model or not blocks):
+            narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtype, cast_forward_inputs=False)
+            _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow)
+        _shard(module, mesh, MixedPrecisionPolicy())
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of all parameters, None where there are none; TypeError where they have several."""
     dtypes = sorted({parameter.dtype for parameter in model.parameters()}, key=str)
     if len(dtypes) > 1:
         rule, advice = "parameters to shard must be of one dtype", "Keep float32, and pass param_dtype under autocast."
         raise TypeError(error("parallelize", rule, dtypes, advice))
-    blocks = [module for module in model.modules() if isinstance(module, Block) and module is not model]
-    for module in (*blocks, model):
-        if param_dtype is not None and (module is not model or not blocks):
-            narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtypes[0], cast_forward_inputs=False)
-            _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow)
-        _shard(module, mesh, MixedPrecisionPolicy())
+    return dtypes[0] if dtypes else None
 
 
 def _shard(modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:

@@ -100,8 +100,13 @@ def load(source: str, command: str) -> tuple[SSMForCausalLM, PreTrainedTokenizer
     from transformers import AutoTokenizer
 
     from ssmscan.models import load_pretrained
+    from ssmscan.training.checkpoint import why_no_model
 
     if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        found = why_no_model(Path(source))
+        if found is not None:
+            what, advice = found
+            raise ValueError(error(command, "model must be the folder of a whole model", f"{source}, {what}", advice))
         raise ValueError(error(command, "model must have a tokenizer", f"{source}, whose tokens are no text"))
     model = load_pretrained(source, device="cuda" if torch.cuda.is_available() else "cpu")
     return model, AutoTokenizer.from_pretrained(source)

@@ -10,10 +10,10 @@ from ssmscan.tasks.copying import Copying
 
 @dataclass(frozen=True)
 class SelectiveCopying(Copying):
-    """:class:`Copying` with the data tokens scattered at random through the noise.
+    """Data tokens at random places among noise tokens, then markers at which they must be reproduced in order.
 
-    Where the data stand differs from example to example, so a fixed delay cannot solve it: the model must look at each
-    token to decide whether to store it.
+    It is :class:`Copying` but for these places. They differ from example to example, so a fixed delay cannot solve it:
+    the model must look at each token to decide whether to store it.
 
     The arguments are those of :class:`Copying`; the task is that of Gu and Dao, "Mamba: Linear-Time Sequence Modeling
     with Selective State Spaces" (2023), section 4.1.1.

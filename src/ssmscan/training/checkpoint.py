@@ -30,6 +30,8 @@ from ssmscan.training.step import Step
 _MODEL = "model.safetensors"
 _TRAINING = "training.pt"
 _SHARDS = "shards"
+# What torch.distributed.checkpoint writes of all shards.
+_SHARD_INDEX = ".metadata"
 _MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -125,6 +127,31 @@ def load(root: Path, update: Step) -> tuple[int, float]:
     return step, training["seconds"]
 
 
+def why_no_model(folder: Path) -> tuple[str, str] | None:
+    """What a folder is in which a run, or torch.distributed.checkpoint, has left no whole model, and how to get one.
+
+    None for any other folder.
+    """
+    if (folder / _MODEL).is_file():
+        return None
+    here = folder.resolve()
+    within = [here, *(place.parent for place in (here, *here.parents) if place.name == "checkpoints")]
+    run = next((place for place in within if (place / "config.yaml").is_file()), None)
+    if run is None:
+        shards = "shards of torch.distributed.checkpoint"
+        advice = "Load them into a model, and export that by save_pretrained."
+        return (shards, advice) if (folder / _SHARD_INDEX).is_file() else None
+    newest = next(iter(_checkpoints(run / "checkpoints")), None)
+    what = "a run that has not ended" if here == run else "a run's checkpoints"
+    if newest is not None and (newest / _MODEL).is_file():
+        return what, f"Give a checkpoint, such as {newest}."
+    if here != run:
+        what += ", in shards of several processes"
+    if (run / "metrics.json").is_file():
+        return what, f"Give {run}, where the run has left its model."
+    return what, f"Continue it by ssmscan train --resume {run}, which leaves a model there."
+
+
 def _newest(root: Path) -> int:
     """The step of the newest complete checkpoint under ``root``; 0 where there is none."""
     for folder in _checkpoints(root):
@@ -159,7 +186,7 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None when every file matches the manifest."""
     try:
         hashes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        if not (hashes.keys() >= {_TRAINING} and hashes.keys() & {_MODEL, f"{_SHARDS}/.metadata"}):
+        if not (hashes.keys() >= {_TRAINING} and hashes.keys() & {_MODEL, f"{_SHARDS}/{_SHARD_INDEX}"}):
             return f"{_MANIFEST} is not complete"
         for name, found in zip(hashes, _sha256([folder / name for name in hashes]), strict=True):
             if found != hashes[name]:

@@ -194,7 +194,7 @@ class TrainConfig:
         mesh: how several processes share the run.
         wandb: project of Weights & Biases that gets what TensorBoard gets; null is none.
         task: what is learned.
-        model: its shape.
+        model: the shape of the model.
         optim: the optimizer and its schedule.
     """
 

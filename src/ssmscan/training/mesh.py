@@ -22,8 +22,10 @@ from ssmscan.training.config import TrainConfig
 from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.ranks import Ranks
 
-# What the backends say when another process does not answer.
+# What the backends say when there is no word from another process; when it did not answer; when it is gone.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|socket", re.IGNORECASE)
+_SILENT = re.compile(r"time(d |-)?out", re.IGNORECASE)
+_GONE = re.compile(r"closed|reset|refused|broken pipe|0 bytes|process exited", re.IGNORECASE)
 
 
 class MeshRanks(Ranks):
@@ -107,14 +109,24 @@ def joined_mesh(config: TrainConfig, sizes: dict[str, int], device: torch.device
         mesh = init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
         yield MeshRanks(device, mesh)
     except RuntimeError as failure:
-        if isinstance(failure, RunError) or not (isinstance(failure, dist.DistError) or _LOST.search(str(failure))):
+        lost = None if isinstance(failure, RunError) else _lost(failure, config.mesh.timeout)
+        if lost is None:
             raise
-        reason = str(failure).splitlines()[0]
         advice = f"Continue with torchrun … -m ssmscan train --resume {config.out}."
-        raise RunError(error("train", "all processes must go on", f"one that is gone ({reason})", advice)) from failure
+        raise RunError(error("train", "all processes must go on", lost, advice)) from failure
     # Not after a failure, for a group waits for all.
     if not begun:
         dist.destroy_process_group()
+
+
+def _lost(failure: RuntimeError, timeout: float) -> str | None:
+    """What has become of another process; None where the failure is this one's."""
+    said = str(failure)
+    if not (isinstance(failure, dist.DistError) or _LOST.search(said)):
+        return None
+    if _SILENT.search(said):
+        return f"one that has not answered for {timeout:g} s"
+    return "one that is gone" if _GONE.search(said) else f"one that cannot be reached ({said.splitlines()[0]})"
 
 
 def _check(config: TrainConfig, sizes: dict[str, int]) -> None:

@@ -82,9 +82,11 @@ def device_of(config: TrainConfig) -> torch.device:
     if started() == 1:
         return torch.device("cuda")
     local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if local >= devices:
+    # By all processes of the machine, for one of them tells of it.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if here > devices:
         rule = f"processes of a machine must be at most its {devices} devices"
-        raise UsageError(error("train", rule, f"process {local + 1}", "Start fewer, or use --device cpu."))
+        raise UsageError(error("train", rule, here, "Start fewer, or use --device cpu."))
     return torch.device("cuda", local)
 
 
@@ -113,6 +115,11 @@ def joined(config: TrainConfig) -> Iterator[Ranks]:
 def is_first() -> bool:
     """Whether this process is the one that tells of a run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first of its machine; of all, where the environment says nothing of machines."""
+    return os.environ["LOCAL_RANK"] == "0" if "LOCAL_RANK" in os.environ else is_first()
 
 
 def started() -> int:

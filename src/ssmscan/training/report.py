@@ -19,7 +19,7 @@ class Log:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "log.jsonl"
-        self.lines = read_log(self.path, step)
+        self.lines = [line for line in read_log(folder) if line["step"] <= step]
 
     def __enter__(self) -> Self:
         return self
@@ -136,18 +136,14 @@ def _wandb(config: TrainConfig) -> Any:
     return wandb.init(**named, config=plain(config), sync_tensorboard=True)
 
 
-def read_log(path: Path, last: int) -> list[dict[str, Any]]:
-    """The complete lines of a log up to the step ``last``; none when there is no log."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log in a run's folder; none where there is no log, nor the half line of a killed run."""
+    path, lines = folder / "log.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:
-            continue  # A killed run may leave half a line.
-        if line["step"] <= last:
-            lines.append(line)
+            continue
     return lines
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssmscan.bench import gate
-from ssmscan.bench.measure import peak_mib
+from ssmscan.bench.measure import peak_mib, rounded
 from ssmscan.bench.models.experiment import LeftOutError, Planned, Row, Settings
 from ssmscan.bench.models.timing import call_ms
 from ssmscan.bench.result import DIRECTIONS
@@ -130,7 +130,7 @@ class Line:
         ms = call_ms(call, self.device)
         self.last = length, ms / 1e3
         mib = peak_mib(lambda _: call(), self.device)
-        return {"ms": float(f"{ms:.4g}"), "peak_gib": None if mib is None else float(f"{mib / 2**10:.4g}")}
+        return {"ms": rounded(ms), "peak_gib": None if mib is None else rounded(mib / 2**10)}
 
 
 def _call(work: Work, direction: str) -> Callable[[], object]:

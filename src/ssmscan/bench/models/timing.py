@@ -74,4 +74,4 @@ def forget_peak(device: str) -> None:
 
 def peak_gib(device: str) -> float | None:
     """The most memory that was held at a time since then; None on a CPU."""
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None
+    return measure.rounded(torch.cuda.max_memory_allocated() / 2**30) if device == "cuda" else None
