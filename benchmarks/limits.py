@@ -61,12 +61,12 @@ def times(op: str, variant: str, size: dict[str, int], shared: int) -> tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the tiles that GPUs with less shared memory take.")
-    names = sorted({op for op, _, _ in ROWS})
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(names)}; all unless given")
-    wanted = parser.parse_args().ops or names
+    known = sorted({op for op, _, _ in ROWS})
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(known)}; all unless given")
+    wanted = parser.parse_args().ops or known
     for op in wanted:
-        if op not in names:
-            parser.error(f"OP must be of {', '.join(names)}, got {op}.")
+        if op not in known:
+            parser.error(f"OP must be of {', '.join(known)}, got {op}.")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}; ms of forward, and of forward and backward")
     limits = sorted({given.shared for given in ARCHITECTURES.values()}, reverse=True)
     for op, variant, size in ROWS:
