@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
-from ssmscan.distributed.handover import handover, with_backward_of
+from ssmscan.distributed.halo import halo
+from ssmscan.distributed.handover import with_backward_of
 from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
 from ssmscan.shapes import INDEX, check_flags, check_tensors, error, state_dtype
@@ -128,43 +129,27 @@ def _convolve(
     given: dict[str, Any], h0: Tensor | None, first: bool, group: dist.ProcessGroup, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """A convolution, whose state is the inputs before this rank's."""
-    x, weight = given["x"], given["weight"]
-    if given.get("cu_seqlens") is None:
-        kept = weight.shape[1] - 1
-        dtype = state_dtype(x, weight, given.get("bias"), h0)
-        before = x.new_zeros(x.shape[0], kept, x.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
-        nearest = x[:, :kept].flip(1) if reverse else x[:, max(x.shape[1] - kept, 0) :]
-        last = torch.cat([before, nearest.to(dtype)], 1)[:, -kept:]
+    x, weight, bounds = given["x"], given["weight"], given.get("cu_seqlens")
+    kept, dtype = weight.shape[1] - 1, state_dtype(x, weight, given.get("bias"), h0)
+    if bounds is None:
+        last, new = _last(x, h0, kept, dtype, reverse), torch.full((x.shape[0],), min(x.shape[1], kept), device=x.device)
     else:
         _, last = causal_conv1d(**given, h0=h0)
-    entering, leaving = _window(given, last, group, reverse)
+        new = bounds.diff().clamp(0, kept)
+    entering, leaving = halo(last, new, group, reverse)
     y, _ = causal_conv1d(**given, h0=h0 if first else entering)
     # The first rank has no use for what enters, and one without tokens none for anything.
     return with_backward_of(y, entering), leaving
 
 
-def _window(given: dict[str, Any], last: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What enters a convolution: the last w-1 inputs before this rank, be they of one rank before it or of several.
-
-    ``last`` are those at the end of this rank, zeros where it has fewer.
-    """
-    x, bounds = given["x"], given.get("cu_seqlens")
-    kept = last.shape[1]
-    own = torch.full((last.shape[0],), x.shape[1], device=x.device) if bounds is None else bounds.diff()
-    new = own.clamp(max=kept).to(last.dtype)
-
-    def compose(new: Tensor, last: Tensor) -> Tensor:
-        states = [torch.zeros_like(last[0]), last[0]]
-        place = torch.arange(kept, device=last.device)
-        for rank in range(1, len(last)):
-            # So many of the inputs are new; those before them move on.
-            count = new[rank].round().long().unsqueeze(1)
-            moved = (place + count).clamp(max=kept - 1)
-            before = states[-1].gather(1, moved.unsqueeze(2).expand_as(last[rank]))
-            states.append(torch.where((place + count < kept).unsqueeze(2), before, last[rank]))
-        return torch.stack(states)
-
-    return handover(compose, group, reverse, new, last)
+def _last(x: Tensor, h0: Tensor | None, kept: int, dtype: torch.dtype, reverse: bool) -> Tensor:
+    """The last inputs of a sequence that h0 comes before, in scan order, (b, kept, d)."""
+    nearest = (x[:, :kept].flip(1) if reverse else x[:, max(x.shape[1] - kept, 0) :]).to(dtype)
+    missing = kept - nearest.shape[1]
+    if missing == 0:
+        return nearest
+    before = nearest.new_zeros(x.shape[0], missing, x.shape[2]) if h0 is None else h0[:, -missing:].to(dtype)
+    return torch.cat([before, nearest], 1)
 
 
 def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:

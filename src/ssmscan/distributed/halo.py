@@ -1,0 +1,63 @@
+"""The halo of a convolution: the last w-1 inputs before a rank, be they of one rank before it or of several."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssmscan.distributed.handover import gather, place
+
+
+def halo(last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The inputs that enter this rank, and those that leave the last one, with their gradients.
+
+    Args:
+        last: the last inputs of this rank, (b, w-1, d), the newest last. What a stretch of fewer tokens does not fill is
+            of no account, but on the first rank, where it is what comes before the sequence.
+        new: how many of them are this rank's own, (b,).
+        group, reverse: the ranks, and whether the sequence goes through them from the last to the first.
+
+    Returns:
+        both (b, w-1, d). On the first rank nothing enters, and what is returned has no meaning.
+
+    The number of kernels is the same for any number of ranks.
+    """
+    return _Halo.apply(last, new, group, reverse)
+
+
+class _Halo(torch.autograd.Function):
+    """Inputs are numbered from the first rank's window on; each rank goes on where the one before it ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        b, kept = last.shape[:2]
+        at = place(group, reverse)
+        windows, counts = gather(group, reverse, last, new.to(last.dtype))
+        counts[0].fill_(kept)
+        ends = counts.long().cumsum(0)
+        wanted = torch.stack([ends[at - 1], ends[-1]]).unsqueeze(2) - torch.arange(kept, 0, -1, device=last.device)
+        # An input is with the first rank that does not end before it.
+        holder = (ends[:, None, :, None] <= wanted).sum(0)
+        row = torch.arange(b, device=last.device).unsqueeze(1)
+        entering, leaving = windows[holder, row, wanted - ends[holder, row] + kept]
+        ctx.save_for_backward(ends, counts[at])
+        ctx.group, ctx.reverse = group, reverse
+        return entering.clone(), leaving.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, entering: Tensor, leaving: Tensor) -> tuple[Tensor | None, ...]:
+        ends, own = ctx.saved_tensors
+        at, kept = place(ctx.group, ctx.reverse), entering.shape[1]
+        enterings, leavings = gather(ctx.group, ctx.reverse, entering, leaving)
+        # The windows at this rank's end and at those behind, through which its inputs move towards the front. The last
+        # is each rank's own copy.
+        windows = torch.cat([enterings[at + 1 :], leavings.sum(0, keepdim=True)])
+        numbers = torch.arange(kept, device=ends.device)
+        moved = (numbers - (ends[at:] - ends[at]).unsqueeze(2)).unsqueeze(3)
+        found = windows.gather(2, moved.clamp(min=0).expand_as(windows))
+        counted = (moved >= 0) & (numbers >= kept - own.unsqueeze(1)).unsqueeze(2)
+        return found.where(counted, 0).sum(0), None, None, None
