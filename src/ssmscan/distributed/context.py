@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
-from ssmscan.distributed.halo import halo
+from ssmscan.distributed.halo import halo, last_inputs
 from ssmscan.distributed.handover import with_backward_of
 from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
@@ -129,27 +129,12 @@ def _convolve(
     given: dict[str, Any], h0: Tensor | None, first: bool, group: dist.ProcessGroup, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """A convolution, whose state is the inputs before this rank's."""
-    x, weight, bounds = given["x"], given["weight"], given.get("cu_seqlens")
-    kept, dtype = weight.shape[1] - 1, state_dtype(x, weight, given.get("bias"), h0)
-    if bounds is None:
-        last, new = _last(x, h0, kept, dtype, reverse), torch.full((x.shape[0],), min(x.shape[1], kept), device=x.device)
-    else:
-        _, last = causal_conv1d(**given, h0=h0)
-        new = bounds.diff().clamp(0, kept)
-    entering, leaving = halo(last, new, group, reverse)
+    dtype = state_dtype(given["x"], given["weight"], given.get("bias"), h0)
+    last, new = last_inputs(given["x"], given["weight"].shape[1] - 1, given.get("cu_seqlens"), h0, reverse)
+    entering, leaving = halo(last.to(dtype), new, group, reverse)
     y, _ = causal_conv1d(**given, h0=h0 if first else entering)
     # The first rank has no use for what enters, and one without tokens none for anything.
     return with_backward_of(y, entering), leaving
-
-
-def _last(x: Tensor, h0: Tensor | None, kept: int, dtype: torch.dtype, reverse: bool) -> Tensor:
-    """The last inputs of a sequence that h0 comes before, in scan order, (b, kept, d)."""
-    nearest = (x[:, :kept].flip(1) if reverse else x[:, max(x.shape[1] - kept, 0) :]).to(dtype)
-    missing = kept - nearest.shape[1]
-    if missing == 0:
-        return nearest
-    before = nearest.new_zeros(x.shape[0], missing, x.shape[2]) if h0 is None else h0[:, -missing:].to(dtype)
-    return torch.cat([before, nearest], 1)
 
 
 def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:

@@ -4,9 +4,40 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.distributed.handover import gather, place
+from ssmscan.ops.packing import pack
+
+
+def last_inputs(
+    x: Tensor, kept: int, cu_seqlens: Tensor | None, h0: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The last inputs of each sequence in scan order, (b, kept, d), and how many of them are of x, (b,).
+
+    Before these stand the last of ``h0``, or zeros.
+    """
+    l, d = x.shape[1:]
+    if cu_seqlens is None:
+        new = torch.full((x.shape[0],), min(l, kept), device=x.device)
+        nearest = x[:, :kept].flip(1) if reverse else x[:, max(l - kept, 0) :]
+        if l >= kept:
+            return nearest, new
+        before = x.new_zeros(x.shape[0], kept, d) if h0 is None else h0
+        return torch.cat([before[:, l:], nearest], 1), new
+    new = cu_seqlens.diff().clamp(0, kept)
+    place = torch.arange(kept, device=x.device)
+    token = cu_seqlens[:-1, None] + kept - 1 - place if reverse else cu_seqlens[1:, None] - kept + place
+    # A derivative goes through a stretch of no tokens too, for the ranks wait for each other in the backward.
+    some = x[0] if l > 0 else F.pad(x[0], (0, 0, 0, 1))
+    # As the outputs, they are NaN for bad bounds.
+    nearest = torch.where(pack(cu_seqlens, l)[1], some[token.clamp(0, max(l - 1, 0))], torch.nan)
+    before = x.new_zeros(())
+    if h0 is not None:
+        moved = (place + new.unsqueeze(1)).clamp(max=kept - 1)
+        before = h0.gather(1, moved.unsqueeze(2).expand_as(h0))
+    return torch.where((place >= kept - new.unsqueeze(1)).unsqueeze(2), nearest, before), new
 
 
 def halo(last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
