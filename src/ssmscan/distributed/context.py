@@ -16,9 +16,15 @@ from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
 from ssmscan.shapes import INDEX, check_flags, check_tensors, error, state_dtype
 
-OPERATIONS = (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
+# Of every operation that runs here; to make one takes as long as a small kernel.
+SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
+    op: inspect.signature(op)
+    for op in (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
+}
 
 
+# A compiler breaks its graph here: traced, the collectives are not waited for, and views of what they bring fail.
+@torch.compiler.disable
 def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
     """Run a sequence operation over a sequence that is split over the ranks of ``group``, in their order.
 
@@ -61,11 +67,11 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     """
     group = group or dist.group.WORLD
     assert group is not None
-    if op not in OPERATIONS:
-        known = ", ".join(one.__name__ for one in OPERATIONS)
+    if op not in SIGNATURES:
+        known = ", ".join(one.__name__ for one in SIGNATURES)
         raise NotImplementedError(error("context_parallel", f"op must be one of {known}", getattr(op, "__name__", op)))
-    bound = inspect.signature(op).bind(*args, **kwargs).arguments
-    given = {name: value for name, value in bound.items() if value is not None}
+    bound = SIGNATURES[op].bind(*args, **kwargs)
+    given = {name: value for name, value in bound.arguments.items() if value is not None}
     check_flags(op.__name__, A_is_log=given.get("A_is_log", False))
     if given.pop("A_is_log", False):
         check_tensors(op.__name__, {"A": given.get("A")})

@@ -44,8 +44,8 @@ def halo(last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool) -> 
     """The inputs that enter this rank, and those that leave the last one, with their gradients.
 
     Args:
-        last: the last inputs of this rank, (b, w-1, d), the newest last. What a stretch of fewer tokens does not fill is
-            of no account, but on the first rank, where it is what comes before the sequence.
+        last: the last inputs of this rank, (b, w-1, d), the newest last; on the first rank, after what comes before the
+            sequence. On the others only those that are its own count.
         new: how many of them are this rank's own, (b,).
         group, reverse: the ranks, and whether the sequence goes through them from the last to the first.
 
@@ -61,9 +61,7 @@ class _Halo(torch.autograd.Function):
     """Inputs are numbered from the first rank's window on; each rank goes on where the one before it ends."""
 
     @staticmethod
-    def forward(
-        ctx: Any, last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
         b, kept = last.shape[:2]
         at = place(group, reverse)
         windows, counts = gather(group, reverse, last, new.to(last.dtype))

@@ -39,7 +39,7 @@ def gather(group: dist.ProcessGroup, reverse: bool, *parts: Tensor) -> list[Tens
     rows = exchange(torch.cat([real.flatten() for real in reals]), group)()
     rows = rows.flip(0) if reverse else rows
     pieces = rows.split([real.numel() for real in reals], 1)
-    gathered = [piece.reshape(-1, *real.shape) for piece, real in zip(pieces, reals, strict=True)]
+    gathered = [piece.reshape(len(rows), *real.shape) for piece, real in zip(pieces, reals, strict=True)]
     return [
         torch.view_as_complex(piece) if part.is_complex() else piece
         for piece, part in zip(gathered, parts, strict=True)
