@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
 from ssmscan.distributed.halo import halo, last_inputs
-from ssmscan.distributed.handover import with_backward_of
+from ssmscan.distributed.handover import exchange, with_backward_of
 from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
 from ssmscan.shapes import INDEX, check_flags, check_tensors, error, state_dtype
@@ -145,10 +145,7 @@ def _convolve(
 
 def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """How many tokens each rank has."""
-    own = torch.tensor([length], device=device)
-    received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, own, group)
-    return torch.cat(received).tolist()
+    return exchange(torch.tensor([length], device=device), group)().flatten().tolist()
 
 
 def _own_bounds(cu_seqlens: Tensor, lengths: list[int], rank: int) -> Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Kept, Mixer, no_state, positive
@@ -60,10 +59,10 @@ class Attention(Mixer):
     values in the dtype of the projection. ``init_state`` needs ``max_length``. More tokens than that are refused on the
     CPU; on a GPU, which is not waited for, the outputs of such tokens are NaN.
 
-    PyTorch's fused attention needs no mask of (queries, keys) without window, mask, packing and state; nor with window
-    or packing on a GPU in bfloat16 or float16, for heads of a multiple of 8 and at most 256 channels. Where the
-    sequence is split over ranks, a causal layer has a mask on the CPU, in float64, and with shared keys in float32; one
-    that is not causal with a window.
+    Without window, mask, packing and state PyTorch's fused attention is told that it is causal, and there is no mask of
+    (queries, keys). On a GPU in bfloat16 or float16, with heads of a multiple of 8 and at most 256 channels, neither is
+    there one with a window, with packing, or where the sequence is split over ranks; but with a mask or a state there
+    is, and over ranks with a window on both sides.
 
     Raises:
         TypeError: x is not a floating tensor, or a state not what :meth:`init_state` makes.
@@ -178,7 +177,9 @@ class Attention(Mixer):
             if self.causal:
                 # What comes after the last query, on other ranks, no query sees.
                 sequence, position, k, v = (part[:, : here.stop] for part in (sequence, position, k, v))
-            if self.window is None and cu_seqlens is None and mask is None:
+            # What PyTorch's kernels know as causal is a triangle of as many queries as keys.
+            square = not self.context.split or not self.causal
+            if square and self.window is None and cu_seqlens is None and mask is None:
                 y = self._attend_all(q, k, v)
             elif mask is None and self._flash(q):
                 y = self._attend_packed(q, k, v, here, cu_seqlens)
@@ -258,13 +259,10 @@ class Attention(Mixer):
         return y.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same where each query sees all keys; if causal, the last query is at the last key's place."""
+        """The same where each query sees all keys, or if causal all up to its own."""
         q, k, v = (part.to(q.dtype).transpose(1, 2) for part in (q, k, v))
         shared = self.num_heads != self.num_heads_kv
-        # On a GPU no mask is made of it.
-        behind = causal_lower_right(q.shape[2], k.shape[2]) if self.causal and self.context.split else None
-        causal = self.causal and behind is None
-        y = F.scaled_dot_product_attention(q, k, v, behind, is_causal=causal, enable_gqa=shared)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=shared)
         return y.transpose(1, 2)
 
     def _flash(self, q: Tensor) -> bool:
