@@ -94,7 +94,7 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     if op is rg_lru:
         given["scale_first"] = not (unscaled and first)
     if op is causal_conv1d:
-        return _convolve(given, h0 if first else None, first, group, reverse)
+        return _convolve(given, h0, first, group, reverse)
     return scan(Stretch(op, given, group, reverse), first, h0)
 
 
@@ -136,9 +136,13 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     """A convolution, whose state is the inputs before this rank's."""
     dtype = state_dtype(given["x"], given["weight"], given.get("bias"), h0)
-    last, new = last_inputs(given["x"], given["weight"].shape[1] - 1, given.get("cu_seqlens"), h0, reverse)
+    known = h0 if first else None
+    last, new = last_inputs(given["x"], given["weight"].shape[1] - 1, given.get("cu_seqlens"), known, reverse)
+    if h0 is not None:
+        # Where h0 alone asks for a gradient, all ranks have to be there in the backward.
+        last = with_backward_of(last, h0)
     entering, leaving = halo(last.to(dtype), new, group, reverse)
-    y, _ = causal_conv1d(**given, h0=h0 if first else entering)
+    y, _ = causal_conv1d(**given, h0=known if first else entering)
     # The first rank has no use for what enters, and one without tokens none for anything.
     return with_backward_of(y, entering), leaving
 

@@ -30,14 +30,16 @@ def last_inputs(
     place = torch.arange(kept, device=x.device)
     token = cu_seqlens[:-1, None] + kept - 1 - place if reverse else cu_seqlens[1:, None] - kept + place
     # A derivative goes through a stretch of no tokens too, for the ranks wait for each other in the backward.
-    some = x[0] if l > 0 else F.pad(x[0], (0, 0, 0, 1))
-    # As the outputs, they are NaN for bad bounds.
-    nearest = torch.where(pack(cu_seqlens, l)[1], some[token.clamp(0, max(l - 1, 0))], torch.nan)
+    inputs = x[0] if l > 0 else F.pad(x[0], (0, 0, 0, 1))
+    nearest = inputs.index_select(0, token.clamp(0, max(l - 1, 0)).flatten()).view(*token.shape, d)
     before = x.new_zeros(())
     if h0 is not None:
         moved = (place + new.unsqueeze(1)).clamp(max=kept - 1)
         before = h0.gather(1, moved.unsqueeze(2).expand_as(h0))
-    return torch.where((place >= kept - new.unsqueeze(1)).unsqueeze(2), nearest, before), new
+    last = torch.where((place >= kept - new.unsqueeze(1)).unsqueeze(2), nearest, before)
+    # As the outputs, they are NaN for bad bounds.
+    _, valid = pack(cu_seqlens, l)
+    return torch.where(valid, last, torch.nan), new
 
 
 def halo(last: Tensor, new: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
