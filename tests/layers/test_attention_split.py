@@ -1,7 +1,10 @@
 """Attention over a split sequence, whose ranks run in turn in this process: results, and what has a mask."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ssmscan.layers import Attention
 from ssmscan.layers.context import Context, Extent
@@ -53,6 +56,35 @@ def _by_ranks(layer, x, lengths, cu_seqlens, parts):
 def _on(device, *dtypes):
     marks = (pytest.mark.gpu,) if device == "cuda" else ()
     return [pytest.param(device, dtype, marks=marks, id=f"{device}-{dtype}") for dtype in dtypes]
+
+
+def _one_by_one(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    """What `varlen_attn` is said to compute: places are counted from each sequence's last query and last key."""
+    outputs = []
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+        assert q1 - q0 <= max_q
+        assert k1 - k0 <= max_k
+        distance = torch.arange(q0 - q1, 0).unsqueeze(1) - torch.arange(k0 - k1, 0)
+        before, after = (bound if bound >= 0 else len(key) for bound in window_size)
+        visible = (distance <= before) & (distance >= -after)
+        q, k, v = (part.transpose(0, 1) for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, visible).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "window_both"])
+def test_sequences(name, packed, monkeypatch):
+    """The kernel of packed sequences is told where each begins and ends: by one that runs anywhere."""
+    torch.manual_seed(0)
+    layer, cu_seqlens = Attention(64, 4, **OPTIONS[name], dtype=torch.float64), torch.tensor(BOUNDS)
+    x = torch.randn(1 if packed else 2, sum(LENGTHS), 64, dtype=torch.float64)
+    layer.context = context = Recording()
+    expected = layer(x, cu_seqlens=cu_seqlens if packed else None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _one_by_one)
+    monkeypatch.setattr(layer, "_flash", lambda q: q.shape[1] > 0)
+    found = _by_ranks(layer, x, LENGTHS, cu_seqlens if packed else None, context.parts)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
