@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import start
+from ranks import Calls, start
 
 import ssmscan
 from ssmscan.backend import why_not
@@ -86,6 +86,10 @@ def _worker(rank, ranks, folder):
             )
     if ranks == 2:
         _grows_from_nothing(rank)
+        _is_compiled_around()
+        _only_h0_has_a_gradient(rank)
+    else:
+        _kernels_of_a_halo(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -109,6 +113,47 @@ def _grows_from_nothing(rank):
             y, h = context_parallel(op, *stretches, backend=backend)
             assert torch.allclose(y, expected[:, own], rtol=1e-5)
             assert torch.allclose(h, last, rtol=1e-5)
+
+
+def _kernels_of_a_halo(rank):
+    """As many for four ranks as for two, forward and backward."""
+    x, taps = torch.randn(1, 6, 4, requires_grad=True), torch.randn(4, 3)
+    counts = []
+    for group in (dist.new_group([0, 1]), dist.group.WORLD):
+        if rank < dist.get_world_size(group):
+            for packing in (None, torch.tensor([0, 4, 6 * dist.get_world_size(group)])):
+                with Calls() as calls:
+                    y, _ = context_parallel(ssmscan.causal_conv1d, x, taps, cu_seqlens=packing, group=group)
+                    torch.autograd.grad(y.sum(), x)
+                counts.append(calls.counts)
+    if rank == 1:
+        assert counts[:2] == counts[2:]
+
+
+def _only_h0_has_a_gradient(rank):
+    """No rank waits in the backward for one that does not come."""
+    x, taps = torch.randn(1, 6, 4), torch.randn(4, 3)
+    for lengths in ((5, 1), (1, 5)):
+        h0 = torch.randn(1, 2, 4, requires_grad=True)
+        y, h = context_parallel(ssmscan.causal_conv1d, x.split(lengths, 1)[rank], taps, h0=h0)
+        (y.sum() + h.sum()).backward()
+        # It is met by the taps behind it.
+        assert rank == 1 or torch.allclose(h0.grad, torch.stack([taps[:, 0], taps[:, :2].sum(1)])[None])
+
+
+def _is_compiled_around():
+    """Within what is compiled it does what it does without."""
+    x, taps = torch.randn(1, 6, 4, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+    def doubled(x, taps):
+        return context_parallel(ssmscan.causal_conv1d, 2 * x, taps)[0].sin()
+
+    results = []
+    for function in (doubled, torch.compile(doubled, backend="aot_eager")):
+        tensors = [tensor.clone().requires_grad_() for tensor in (x, taps)]
+        y = function(*tensors)
+        results.append([y, *torch.autograd.grad(y.sum(), tensors)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.fixture(scope="module", params=sorted(SHARDS), ids=lambda ranks: f"{ranks} ranks")

@@ -9,12 +9,13 @@ import mesh_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import start
+from ranks import Calls, start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ssmscan.distributed import full_state_dict, parallelize
+from ssmscan.distributed.sequence import SplitContext
 from ssmscan.layers import S4D, Attention, GatedSSM, decay_groups
 
 ALL, FEW = tuple(cases.LAYERS), ("mamba2", "mamba2_groups", "attention", "attention_rich")
@@ -73,6 +74,8 @@ def _worker(rank, ranks, folder):
         results[name] = function(*arguments, meshes[dims])
     if ranks == 2:
         for check in (
+            _meets_seldom,
+            _is_compiled,
             _repeats,
             _recomputes,
             _gathers_narrow,
@@ -84,6 +87,32 @@ def _worker(rank, ranks, folder):
             check(meshes)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _meets_seldom(meshes):
+    """Attention over ranks: lengths, keys and values together, and the gradients of both."""
+    layer, x = Attention(cases.M, num_heads=4, num_heads_kv=2), torch.randn(1, 6, cases.M)
+    layer.context = SplitContext(meshes["cp2"].get_group("cp"))
+    with Calls() as calls:
+        layer(x).sum().backward()
+    assert sum(count for function, count in calls.counts.items() if function.namespace == "c10d") == 3
+
+
+def _is_compiled(meshes):
+    """A compiled layer, with all that crosses ranks: its outputs and gradients."""
+    x = torch.randn(2, cases.L, cases.M, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    part = cases.part_of(meshes["cp2"], 2)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer = parallelize(cases.LAYERS["attention_rich"](dtype=torch.float64), meshes["cp2"])
+        with warnings.catch_warnings():
+            # The compiler's own, as of the gradients it looks at.
+            warnings.simplefilter("ignore")
+            y = (torch.compile(layer, backend="aot_eager") if compiled else layer)(x[part])
+        y.sin().sum().backward()
+        results.append({"y": y.detach()} | cases.gathered(layer, lambda p: p.grad))
+    assert all(torch.allclose(results[1][name], value, rtol=0, atol=1e-12) for name, value in results[0].items())
 
 
 def _repeats(meshes):

@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan import causal_conv1d, linear_scan, matrix_scan, rg_lru, s4d, selective_scan, ssd, ssd_bidirectional
-from ssmscan.distributed.handover import handover, with_backward_of
+from ssmscan.distributed.halo import halo, last_inputs
+from ssmscan.distributed.handover import exchange, with_backward_of
 from ssmscan.distributed.scan import Stretch, scan
 from ssmscan.ops.recurrence import decay_rates
 from ssmscan.shapes import INDEX, check_flags, check_tensors, error, state_dtype
 
-OPERATIONS = (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
+# Of every operation that runs here; to make one takes as long as a small kernel.
+SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
+    op: inspect.signature(op)
+    for op in (linear_scan, matrix_scan, selective_scan, ssd, ssd_bidirectional, rg_lru, s4d, causal_conv1d)
+}
 
 
+# A compiler breaks its graph here: traced, the collectives are not waited for, and views of what they bring fail.
+@torch.compiler.disable
 def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGroup | None = None, **kwargs: Any) -> Any:
     """Run a sequence operation over a sequence that is split over the ranks of ``group``, in their order.
 
@@ -60,11 +67,11 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     """
     group = group or dist.group.WORLD
     assert group is not None
-    if op not in OPERATIONS:
-        known = ", ".join(one.__name__ for one in OPERATIONS)
+    if op not in SIGNATURES:
+        known = ", ".join(one.__name__ for one in SIGNATURES)
         raise NotImplementedError(error("context_parallel", f"op must be one of {known}", getattr(op, "__name__", op)))
-    bound = inspect.signature(op).bind(*args, **kwargs).arguments
-    given = {name: value for name, value in bound.items() if value is not None}
+    bound = SIGNATURES[op].bind(*args, **kwargs)
+    given = {name: value for name, value in bound.arguments.items() if value is not None}
     check_flags(op.__name__, A_is_log=given.get("A_is_log", False))
     if given.pop("A_is_log", False):
         check_tensors(op.__name__, {"A": given.get("A")})
@@ -87,7 +94,7 @@ def context_parallel(op: Callable[..., Any], *args: Any, group: dist.ProcessGrou
     if op is rg_lru:
         given["scale_first"] = not (unscaled and first)
     if op is causal_conv1d:
-        return _convolve(given, h0 if first else None, first, group, reverse)
+        return _convolve(given, h0, first, group, reverse)
     return scan(Stretch(op, given, group, reverse), first, h0)
 
 
@@ -128,51 +135,21 @@ def _convolve(
     given: dict[str, Any], h0: Tensor | None, first: bool, group: dist.ProcessGroup, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """A convolution, whose state is the inputs before this rank's."""
-    x, weight = given["x"], given["weight"]
-    if given.get("cu_seqlens") is None:
-        kept = weight.shape[1] - 1
-        dtype = state_dtype(x, weight, given.get("bias"), h0)
-        before = x.new_zeros(x.shape[0], kept, x.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
-        nearest = x[:, :kept].flip(1) if reverse else x[:, max(x.shape[1] - kept, 0) :]
-        last = torch.cat([before, nearest.to(dtype)], 1)[:, -kept:]
-    else:
-        _, last = causal_conv1d(**given, h0=h0)
-    entering, leaving = _window(given, last, group, reverse)
-    y, _ = causal_conv1d(**given, h0=h0 if first else entering)
+    dtype = state_dtype(given["x"], given["weight"], given.get("bias"), h0)
+    known = h0 if first else None
+    last, new = last_inputs(given["x"], given["weight"].shape[1] - 1, given.get("cu_seqlens"), known, reverse)
+    if h0 is not None:
+        # Where h0 alone asks for a gradient, all ranks have to be there in the backward.
+        last = with_backward_of(last, h0)
+    entering, leaving = halo(last.to(dtype), new, group, reverse)
+    y, _ = causal_conv1d(**given, h0=known if first else entering)
     # The first rank has no use for what enters, and one without tokens none for anything.
     return with_backward_of(y, entering), leaving
 
 
-def _window(given: dict[str, Any], last: Tensor, group: dist.ProcessGroup, reverse: bool) -> tuple[Tensor, Tensor]:
-    """What enters a convolution: the last w-1 inputs before this rank, be they of one rank before it or of several.
-
-    ``last`` are those at the end of this rank, zeros where it has fewer.
-    """
-    x, bounds = given["x"], given.get("cu_seqlens")
-    kept = last.shape[1]
-    own = torch.full((last.shape[0],), x.shape[1], device=x.device) if bounds is None else bounds.diff()
-    new = own.clamp(max=kept).to(last.dtype)
-
-    def compose(new: Tensor, last: Tensor) -> Tensor:
-        states = [torch.zeros_like(last[0]), last[0]]
-        place = torch.arange(kept, device=last.device)
-        for rank in range(1, len(last)):
-            # So many of the inputs are new; those before them move on.
-            count = new[rank].round().long().unsqueeze(1)
-            moved = (place + count).clamp(max=kept - 1)
-            before = states[-1].gather(1, moved.unsqueeze(2).expand_as(last[rank]))
-            states.append(torch.where((place + count < kept).unsqueeze(2), before, last[rank]))
-        return torch.stack(states)
-
-    return handover(compose, group, reverse, new, last)
-
-
 def lengths_of(length: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
     """How many tokens each rank has."""
-    own = torch.tensor([length], device=device)
-    received = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(received, own, group)
-    return torch.cat(received).tolist()
+    return exchange(torch.tensor([length], device=device), group)().flatten().tolist()
 
 
 def _own_bounds(cu_seqlens: Tensor, lengths: list[int], rank: int) -> Tensor:

@@ -1,7 +1,6 @@
 """SplitContext: the sequence of a layer, split over the ranks of a group."""
 
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmscan.distributed.context import context_parallel, lengths_of
-from ssmscan.layers.context import Context
+from ssmscan.distributed.handover import gather
+from ssmscan.layers.context import Context, Extent
+
+# The collective's name from PyTorch 2.13 on, and before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class SplitContext(Context):
@@ -21,38 +24,52 @@ class SplitContext(Context):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @torch.compiler.disable
     def run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return context_parallel(operation, *args, group=self.group, **kwargs)
 
     @torch.compiler.disable
-    def extent(self, length: int, device: torch.device) -> tuple[int, int]:
-        lengths = lengths_of(length, device, self.group)
-        return sum(lengths[: dist.get_rank(self.group)]), sum(lengths)
+    def extent(self, length: int, device: torch.device) -> Extent:
+        return Extent(lengths_of(length, device, self.group), dist.get_rank(self.group))
 
     @torch.compiler.disable
-    def gather(self, x: Tensor) -> Tensor:
-        return _Gather.apply(x, lengths_of(x.shape[1], x.device, self.group), self.group)
+    def gather(self, extent: Extent, *parts: Tensor) -> tuple[Tensor, ...]:
+        return _Gather.apply(extent, self.group, *parts)
 
 
 class _Gather(torch.autograd.Function):
     """All stretches, one after the other; the gradient of each is the sum of what the ranks make of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
+    def forward(ctx: Any, extent: Extent, group: dist.ProcessGroup, *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.extent, ctx.group = extent, group
         # A collective takes stretches of one length.
-        own = F.pad(x, (0, 0) * (x.dim() - 2) + (0, max(lengths) - x.shape[1])).contiguous()
-        received = [torch.empty_like(own) for _ in lengths]
-        dist.all_gather(received, own, group)
-        return torch.cat([part[:, :length] for part, length in zip(received, lengths, strict=True)], 1)
+        longest = max(extent.lengths)
+        gathered = gather(group, False, *(_lengthened(part, longest) for part in parts))
+        return tuple(
+            torch.cat([piece[:, :length] for piece, length in zip(whole, extent.lengths, strict=True)], 1)
+            for whole in gathered
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32), memory_format=torch.contiguous_format)
-        total = total.clone() if total is gradient else total
-        dist.all_reduce(total, group=ctx.group)
-        rank = dist.get_rank(ctx.group)
-        end = list(accumulate(ctx.lengths))[rank]
-        return total[:, end - ctx.lengths[rank] : end].to(gradient.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        lengths, own = ctx.extent.lengths, ctx.extent.lengths[ctx.extent.rank]
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        rows = [
+            torch.stack([_lengthened(piece, max(lengths)) for piece in gradient.split(lengths, 1)])
+            for gradient in gradients
+        ]
+        flat = torch.cat([row.flatten(1) for row in rows], 1).to(wide)
+        total = flat.new_empty(flat.shape[1])
+        _reduce_scatter(total, flat.view(-1), group=ctx.group)
+        pieces = total.split([row[0].numel() for row in rows])
+        return (
+            None,
+            None,
+            *(piece.view(row.shape[1:])[:, :own].to(row.dtype) for piece, row in zip(pieces, rows, strict=True)),
+        )
+
+
+def _lengthened(x: Tensor, length: int) -> Tensor:
+    """x, (b, l, ...), with zeros up to so many tokens."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))

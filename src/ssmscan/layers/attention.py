@@ -59,8 +59,10 @@ class Attention(Mixer):
     values in the dtype of the projection. ``init_state`` needs ``max_length``. More tokens than that are refused on the
     CPU; on a GPU, which is not waited for, the outputs of such tokens are NaN.
 
-    Without window, mask, packing and state PyTorch's fused attention is told that it is causal; otherwise it is given
-    a mask of (queries, keys).
+    Without window, mask, packing and state PyTorch's fused attention is told that it is causal, and there is no mask of
+    (queries, keys). On a GPU in bfloat16 or float16, with heads of a multiple of 8 and at most 256 channels, neither is
+    there one with a window, with packing, or where the sequence is split over ranks; but with a mask or a state there
+    is, and over ranks with a window on both sides.
 
     Raises:
         TypeError: x is not a floating tensor, or a state not what :meth:`init_state` makes.
@@ -155,10 +157,10 @@ class Attention(Mixer):
     ) -> Float[Tensor, "b l m"]:
         x = self.enter(x, state, cu_seqlens, mask)
         # Keys, values and places are those of the whole sequence, queries those of the tokens here.
-        before, total = self.context.extent(x.shape[1], x.device)
-        here = slice(before, before + x.shape[1])
-        every = None if mask is None else self.context.gather(mask.to(torch.uint8)).bool()
-        sequence, position, poison = _places(x, total, cu_seqlens, every)
+        extent = self.context.extent(x.shape[1], x.device)
+        here = extent.here
+        every = None if mask is None else self.context.gather(extent, mask.to(torch.uint8))[0].bool()
+        sequence, position, poison = _places(x, extent.total, cu_seqlens, every)
         if state is not None:
             position = position + state.length[sequence]
             _check_length(position, every, state)
@@ -168,13 +170,21 @@ class Attention(Mixer):
         heads, groups = self.num_heads, self.num_heads_kv
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([heads + groups, groups], -2)
         q, k = self._rotate(qk, position[:, here]).split([heads, groups], -2)
-        k, v = self.context.gather(k), self.context.gather(v)
-        if state is None and cu_seqlens is not None and self._flash(q):
-            y = self._attend_packed(q, k, v, cu_seqlens)
-        elif state is None:
-            y = self._attend(q, k, v, self._visible(sequence, position, here, cu_seqlens, every))
-        else:
+        k, v = self.context.gather(extent, k, v)
+        if state is not None:
             y = self._continue(q, k, v, state, sequence, position, here, cu_seqlens, every)
+        else:
+            if self.causal:
+                # What comes after the last query, on other ranks, no query sees.
+                sequence, position, k, v = (part[:, : here.stop] for part in (sequence, position, k, v))
+            # What PyTorch's kernels know as causal is a triangle of as many queries as keys.
+            square = not self.context.split or not self.causal
+            if square and self.window is None and cu_seqlens is None and mask is None:
+                y = self._attend_all(q, k, v)
+            elif mask is None and self._flash(q):
+                y = self._attend_packed(q, k, v, here, cu_seqlens)
+            else:
+                y = self._attend(q, k, v, self._visible(sequence, position, here, cu_seqlens, every))
         return self.out_proj(y.flatten(-2) if poison is None else y.flatten(-2) + poison[:, here])
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
@@ -190,10 +200,8 @@ class Attention(Mixer):
 
     def _visible(
         self, sequence: Tensor, position: Tensor, here: slice, cu_seqlens: Tensor | None, mask: Tensor | None
-    ) -> Tensor | None:
-        """Which tokens of the sequence each token here sees, (b, l, total); None is all, or all before it."""
-        if self.window is None and cu_seqlens is None and mask is None and not self.context.split:
-            return None
+    ) -> Tensor:
+        """Which keys, whose sequences and positions are given, each token here sees, (b, l, j)."""
         distance = position[:, here].unsqueeze(2) - position.unsqueeze(1)
         visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
@@ -202,8 +210,8 @@ class Attention(Mixer):
             visible = visible & (sequence[:, here].unsqueeze(2) == sequence.unsqueeze(1))
         if mask is not None:
             # Padding sees itself, for a softmax of nothing is not a number.
-            itself = torch.eye(mask.shape[1], device=mask.device, dtype=torch.bool)[here]
-            visible = (visible & mask.unsqueeze(1)) | itself
+            keys = torch.arange(position.shape[1], device=mask.device)
+            visible = (visible & mask[:, None, : len(keys)]) | (keys[here].unsqueeze(1) == keys)
         return visible
 
     def _continue(
@@ -241,36 +249,47 @@ class Attention(Mixer):
         y = self._attend(q, keys, values, visible)
         return y.masked_fill((position[:, here] >= spare)[..., None, None], torch.nan)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """The values that each query sees, weighted: (b, l, h, p) from q (b, l, h, p) and k and v (b, j, g, p)."""
         k, v = (part.to(q.dtype).transpose(1, 2) for part in (k, v))
-        if visible is None:
-            shared = self.num_heads != self.num_heads_kv
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=self.causal, enable_gqa=shared)
-            return y.transpose(1, 2)
         # With a mask few kernels know of shared keys: heads that share them become one with as many times the queries.
         sharing = self.num_heads // self.num_heads_kv
         q = q.unflatten(2, (-1, sharing)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         y = F.scaled_dot_product_attention(q, k, v, visible.repeat(1, sharing, 1).unsqueeze(1))
         return y.unflatten(2, (sharing, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _flash(self, q: Tensor) -> bool:
-        """Whether PyTorch has a kernel for packed sequences of such queries, which needs no (l, l) mask."""
-        fits = q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 256
-        return q.is_cuda and fits and not self.context.split
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same where each query sees all keys, or if causal all up to its own."""
+        q, k, v = (part.to(q.dtype).transpose(1, 2) for part in (q, k, v))
+        shared = self.num_heads != self.num_heads_kv
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=shared)
+        return y.transpose(1, 2)
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _flash(self, q: Tensor) -> bool:
+        """Whether PyTorch has a kernel for packed sequences, and windows, of such queries, which needs no mask."""
+        fits = q.dtype in (torch.float16, torch.bfloat16) and self.head_dim % 8 == 0 and self.head_dim <= 256
+        # It takes the last query of a sequence to be at the last key's place, which tokens behind are not.
+        placed = not self.context.split or self.causal or self.window is None
+        return q.is_cuda and fits and placed and q.shape[1] > 0
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, here: slice, cu_seqlens: Tensor | None) -> Tensor:
+        """The same for packed sequences, or each of the batch, of which the queries are those of the tokens here."""
         from torch.nn.attention.varlen import varlen_attn
 
-        l = q.shape[1]
-        # Within the tokens whatever they are: outputs of bad bounds are NaN already.
-        bounds = cu_seqlens.clamp(0, l).cummax(0).values.to(torch.int32)
+        b, l, j = *q.shape[:2], k.shape[1]
+        if cu_seqlens is None:
+            row = torch.arange(b + 1, device=q.device, dtype=torch.int32)
+            queries, keys = row * l, row * j
+        else:
+            # Within the tokens whatever they are: outputs of bad bounds are NaN already.
+            keys = cu_seqlens.clamp(0, j).cummax(0).values.to(torch.int32)
+            queries = (keys - here.start).clamp(0, l)
         sharing = self.num_heads // self.num_heads_kv
-        k, v = (part.to(q.dtype)[0].repeat_interleave(sharing, 1) for part in (k, v))
+        k, v = (part.to(q.dtype).flatten(0, 1).repeat_interleave(sharing, 1) for part in (k, v))
         before = -1 if self.window is None else self.window - 1
         window = (before, 0 if self.causal else before)
-        y = varlen_attn(q[0], k, v, bounds, bounds, l, l, window_size=window)
-        return cast(Tensor, y).unsqueeze(0)
+        y = varlen_attn(q.flatten(0, 1), k, v, queries, keys, l, j, window_size=window)
+        return cast(Tensor, y).unflatten(0, (b, l))
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, head_dim={self.head_dim}"

@@ -145,7 +145,7 @@ class SSMModel(SSMPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         streams: list[Tensor] = []
         if cache is not None:
-            _, tokens = self.context.extent(x.shape[1], x.device)
+            tokens = self.context.extent(x.shape[1], x.device).total
             cache.make_room(tokens)
         for i, block in enumerate(self.layers):
             if output_hidden_states:
