@@ -1,9 +1,10 @@
 """Splitter: parameters of a module split over the ranks of tensor parallelism, piece by piece."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ssmscan.distributed.collectives import copy, join, total
+from ssmscan.distributed.collectives import copy, join, spread_linear, total
 from ssmscan.shapes import error
 
 
@@ -23,8 +24,6 @@ class Piece(NamedTuple):
     split: bool = True
     # Those of a piece that is not split which this rank computes with, in this order; None is all.
     rows: Tensor | None = None
-    # Only the first rank computes with them, and the others with zeros: a summand of what is summed over the ranks.
-    once: bool = False
 
 
 class Local(nn.Module):
@@ -56,17 +55,41 @@ class Local(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *pieces: DTensor) -> Tensor:
+        return _Local.apply(self, *pieces)
+
+
+class _Local(torch.autograd.Function):
+    """One step for all pieces of a parameter: of a DTensor each step costs the host as much as several launches."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Local, *pieces: DTensor) -> Tensor:
+        ctx.form, ctx.specs = form, [piece._spec for piece in pieces]
         local = [piece.to_local() for piece in pieces]
-        if self.pieces is None:
-            return local[0]
-        for i, piece in enumerate(self.pieces):
-            if not piece.split:
-                local[i] = copy(local[i], self.mesh.get_group())
-                if piece.rows is not None:
-                    local[i] = local[i].index_select(self.dim, piece.rows)
-                if piece.once and self.mesh.get_local_rank() > 0:
-                    local[i] = local[i] * 0
-        return local[0] if len(local) == 1 else torch.cat(local, self.dim)
+        for i, piece in enumerate(form.pieces or ()):
+            if piece.rows is not None:
+                local[i] = local[i].index_select(form.dim, piece.rows)
+        ctx.sizes = [part.shape[form.dim] for part in local]
+        return local[0].view_as(local[0]) if len(local) == 1 else torch.cat(local, form.dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[DTensor | None, ...]:
+        form = ctx.form
+        parts = list(gradient.contiguous().split(ctx.sizes, form.dim))
+        common = [i for i, piece in enumerate(form.pieces or ()) if not piece.split]
+        for i in common:
+            size, _, rows = form.pieces[i]
+            if rows is not None:
+                whole = list(gradient.shape)
+                whole[form.dim] = size
+                parts[i] = gradient.new_zeros(whole).index_add(form.dim, rows, parts[i])
+        if common:
+            # A copy, for another parameter may have the same gradient.
+            summed = torch.cat([parts[i] for i in common], form.dim)
+            dist.all_reduce(summed, group=form.mesh.get_group())
+            for i, part in zip(common, summed.split([form.pieces[i].size for i in common], form.dim), strict=True):
+                parts[i] = part
+        return None, *(DTensor(part, spec, requires_grad=False) for part, spec in zip(parts, ctx.specs, strict=True))
 
 
 class Splitter:
@@ -130,7 +153,7 @@ class Splitter:
         for name in ("weight", "bias"):
             self.parameter(linear, name, pieces)
         group = self.group
-        linear.register_forward_pre_hook(lambda _, inputs: (copy(inputs[0], group), *inputs[1:]))
+        linear.forward = lambda x: spread_linear(x, linear.weight, linear.bias, group)  # type: ignore[assignment,method-assign]
 
     def rows(self, linear: nn.Linear, then_split: bool = False) -> None:
         """A linear layer of which each rank has a part of the input; the output is summed.
@@ -138,15 +161,16 @@ class Splitter:
         With ``then_split`` each rank makes a part of what follows from the whole output.
         """
         self.parameter(linear, "weight", [Piece(linear.in_features)], dim=1)
-        self.parameter(linear, "bias", [Piece(linear.out_features, split=False, once=True)])
-
+        self.parameter(linear, "bias", None)
         group = self.group
 
-        def leave(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            output = total(output, group)
-            return copy(output, group) if then_split else output
+        def sum_up(x: Tensor) -> Tensor:
+            y = total(F.linear(x, linear.weight), group)
+            if linear.bias is not None:
+                y = y + linear.bias.to(y.dtype)
+            return copy(y, group) if then_split else y
 
-        linear.register_forward_hook(leave)
+        linear.forward = sum_up  # type: ignore[assignment,method-assign]
 
     def vocabulary(self, embedding: nn.Embedding, head: nn.Linear | None) -> None:
         """An embedding and a head of which each rank has a part of the tokens; the head's scores are put together."""

@@ -132,6 +132,8 @@ def _shared(splitter: Splitter, heads: int, groups: int, width: int) -> tuple[Pi
     # As many heads in each; where that is not so, each head has a group of its own.
     if len({own.count(group) for group in distinct}) == 1:
         own = distinct
+    if own == list(range(groups)):
+        return Piece(groups * width, split=False), groups
     rows = torch.tensor([group * width + i for group in own for i in range(width)], device=splitter.mesh.device_type)
     return Piece(groups * width, split=False, rows=rows), len(own)
 
