@@ -80,7 +80,7 @@ class _Join(torch.autograd.Function):
 class _SpreadLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        dtype = _product_dtype(x)
+        dtype = product_dtype(x)
         x, weight = x.to(dtype), weight.to(dtype)
         ctx.group = group
         ctx.save_for_backward(x, weight)
@@ -104,7 +104,7 @@ class _SpreadLinear(torch.autograd.Function):
         return dx, dweight, dbias, None
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of x before a product: float64 stays."""
     if x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return x.dtype

@@ -1,6 +1,6 @@
 """Splitter: parameters of a module split over the ranks of tensor parallelism, piece by piece."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -155,22 +155,25 @@ class Splitter:
         group = self.group
         linear.forward = lambda x: spread_linear(x, linear.weight, linear.bias, group)  # type: ignore[assignment,method-assign]
 
-    def rows(self, linear: nn.Linear, then_split: bool = False) -> None:
+    def rows(
+        self, linear: nn.Linear, then_split: bool = False, project: Callable[[Any, Tensor], Tensor] | None = None
+    ) -> None:
         """A linear layer of which each rank has a part of the input; the output is summed.
 
-        With ``then_split`` each rank makes a part of what follows from the whole output.
+        With ``then_split`` each rank makes a part of what follows from the whole output. ``project`` makes the sum from
+        an input that is no tensor, and the weight.
         """
         self.parameter(linear, "weight", [Piece(linear.in_features)], dim=1)
         self.parameter(linear, "bias", None)
         group = self.group
 
-        def sum_up(x: Tensor) -> Tensor:
-            y = total(F.linear(x, linear.weight), group)
+        def summed(x: Any) -> Tensor:
+            y = project(x, linear.weight) if project else total(F.linear(x, linear.weight), group)
             if linear.bias is not None:
                 y = y + linear.bias.to(y.dtype)
             return copy(y, group) if then_split else y
 
-        linear.forward = sum_up  # type: ignore[assignment,method-assign]
+        linear.forward = summed  # type: ignore[assignment,method-assign]
 
     def vocabulary(self, embedding: nn.Embedding, head: nn.Linear | None) -> None:
         """An embedding and a head of which each rank has a part of the tokens; the head's scores are put together."""

@@ -68,7 +68,7 @@ def _mamba2(splitter: Splitter, mixer: Mamba2) -> None:
     _conv(splitter, mixer.conv1d, Piece(mixer.d_inner), pair, pair)
     splitter.parameters(mixer, "dt_bias", "A_log", "D")
     mixer.norm = _norm(splitter, mixer.norm)
-    splitter.rows(mixer.out_proj)
+    splitter.rows(mixer.out_proj, project=getattr(mixer.norm, "project", None))
     splitter.part(mixer, "nheads", "d_inner")
     mixer.ngroups, mixer.pair_width = groups, 2 * groups * mixer.d_state
 
