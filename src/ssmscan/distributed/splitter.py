@@ -175,8 +175,8 @@ class Splitter:
 
         linear.forward = summed  # type: ignore[assignment,method-assign]
 
-    def vocabulary(self, embedding: nn.Embedding, head: nn.Linear | None) -> None:
-        """An embedding and a head of which each rank has a part of the tokens; the head's scores are put together."""
+    def embedding(self, embedding: nn.Embedding) -> None:
+        """An embedding of which each rank has a part of the tokens."""
         group, own = self.group, embedding.num_embeddings // self.ranks
         first = self.rank * own
 
@@ -188,6 +188,9 @@ class Splitter:
 
         self.parameters(embedding, "weight")
         embedding.forward = look_up  # type: ignore[assignment,method-assign]
-        if head is not None:
-            self.columns(head, Piece(head.out_features))
-            head.register_forward_hook(lambda _, inputs, scores: join(scores, group))
+
+    def head(self, head: nn.Linear) -> None:
+        """A head of which each rank scores a part of the tokens; the scores are put together."""
+        group = self.group
+        self.columns(head, Piece(head.out_features))
+        head.register_forward_hook(lambda _, inputs, scores: join(scores, group))

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.norm import SplitGatedRMSNorm
 from ssmscan.distributed.splitter import Piece, Splitter
+from ssmscan.distributed.vocabulary import SplitVocabulary
 from ssmscan.layers import MLP, RGLRU, Attention, GatedRMSNorm, GatedSSM, Mamba, Mamba2, MatrixSSM
 from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Mixer
@@ -31,7 +32,12 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
                 raise NotImplementedError(error("parallelize", rule, type(module).__name__, advice))
             _FORMS[type(module)](splitter, module)
         elif isinstance(module, nn.Embedding) and module.num_embeddings % splitter.ranks == 0:
-            splitter.vocabulary(module, getattr(model, "lm_head", None))
+            splitter.embedding(module)
+            head = getattr(model, "lm_head", None)
+            if head is not None:
+                splitter.head(head)
+                own = head.out_features // splitter.ranks
+                model.vocabulary = SplitVocabulary(splitter.group, own)  # type: ignore[assignment]
     splitter.keep(model)
 
 
