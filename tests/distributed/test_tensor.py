@@ -1,5 +1,6 @@
 """What goes between the ranks of tensor parallelism, and how often; that it is right is seen in test_parallelize."""
 
+from copy import deepcopy
 from datetime import timedelta
 from functools import partial
 
@@ -29,12 +30,12 @@ LAYERS = {
     "mlp": partial(MLP, M, M),
 }
 # Rows of B and C, that every rank has, by m columns in float32, and what the convolution has for them.
-SHARED = [4 * 2 * N * M, 4 * 2 * N * 4, 4 * 2 * N]
+SHARED = 4 * 2 * N * (M + 4 + 1)
 # The bytes of each sum, in the forward and in the backward.
 SENT = {
     # A number for each token, for the norm.
-    "mamba2": ([4 * B * L, STREAM], [STREAM, *SHARED]),
-    "mamba2_bias": ([4 * B * L, STREAM], [STREAM, *SHARED, 4 * 2 * N]),
+    "mamba2": ([4 * B * L, STREAM], [STREAM, SHARED]),
+    "mamba2_bias": ([4 * B * L, STREAM], [STREAM, SHARED + 4 * 2 * N]),
     # And δ, B and C, which all channels make together.
     "mamba": ([STREAM, 2 * B * L * (M // 16 + 2 * N)],) * 2,
     # Keys and values of one head of 8 channels.
@@ -84,17 +85,30 @@ def _worker(rank, ranks, folder):
     parallelize(model, mesh)
     tokens = torch.arange(B * L).view(B, L)
     found["model"] = _sent(lambda: model(tokens, shift_labels=tokens, return_logits=False).loss)
-    found["losses"] = _losses(mesh.get_group())
+    found["losses"] = _losses(mesh)
+    _copies(model, tokens)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def _losses(group):
+def _losses(mesh):
     """Of logits that the ranks share: a target in each part, nothing asked for, and what is no token."""
-    vocabulary, own = SplitVocabulary(group, 3), dist.get_rank(group)
+    vocabulary, own = SplitVocabulary(mesh, 3), mesh.get_local_rank()
     logits = torch.arange(24.0).sin().view(4, 6)
     losses, gradient = vocabulary.cross_entropy(logits[:, 3 * own : 3 * own + 3], torch.tensor([1, 5, -100, 6]))
     return losses, gradient
+
+
+@torch.no_grad()
+def _copies(model, tokens):
+    """A copy computes with weights of its own."""
+    model.zero_grad()
+    before = model(tokens).logits
+    copy = deepcopy(model)
+    for parameter in copy.parameters():
+        parameter.zero_()
+    assert copy(tokens).logits.count_nonzero() == 0
+    assert torch.equal(model(tokens).logits, before)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.backend import choose
 from ssmscan.distributed.collectives import copy, product_dtype, total
@@ -22,7 +23,7 @@ class Undivided(NamedTuple):
 
 
 class SplitGatedRMSNorm(GatedRMSNorm):
-    """A :class:`ssmscan.layers.GatedRMSNorm` over channels that the ranks of ``group`` share: they sum the squares.
+    """A :class:`ssmscan.layers.GatedRMSNorm` over channels that the ranks of ``mesh`` share: they sum the squares.
 
         Σᵣ Wᵣ yᵣ / √(Σᵣ sᵣ / d + ε),    yᵣ the rank's channels before the division, sᵣ the sum of their squares
 
@@ -31,12 +32,12 @@ class SplitGatedRMSNorm(GatedRMSNorm):
     projection's output and its gradient.
     """
 
-    def __init__(self, norm: GatedRMSNorm, group: dist.ProcessGroup) -> None:
+    def __init__(self, norm: GatedRMSNorm, mesh: DeviceMesh) -> None:
         channels = norm.weight.shape[0]
         self.groups = channels // norm.group_size
         super().__init__(channels, norm.eps, self.groups, norm.norm_before_gate, device="meta", dtype=norm.dtype)
         self.weight = norm.weight
-        self.group = group
+        self.mesh = mesh
 
     @torch.compiler.disable
     def forward(self, x: Tensor, z: Tensor) -> Undivided:
@@ -46,14 +47,15 @@ class SplitGatedRMSNorm(GatedRMSNorm):
 
     def project(self, normed: Undivided, weight: Tensor) -> Tensor:
         """The sum over the ranks of ``weight`` times the rank's channels of the norm."""
+        group = self.mesh.get_group()
         if self.groups == 1:
-            return _project(*normed, weight, self.group, self.group_size, self.eps)
+            return _project(*normed, weight, group, self.group_size, self.eps)
         # Each rank has channels of one of several groups, so the ranks' summands are divided by several numbers.
-        own = dist.get_rank(self.group) * self.groups // dist.get_world_size(self.group)
+        own = self.mesh.get_local_rank() * self.groups // self.mesh.size()
         squares = F.pad(normed.squares, (own, self.groups - own - 1))
-        mean = copy(total(squares, self.group), self.group)[..., own : own + 1] / self.group_size
+        mean = copy(total(squares, group), group)[..., own : own + 1] / self.group_size
         y = normed.y * torch.rsqrt(mean + self.eps)
-        return total(F.linear(y.to(normed.y.dtype), weight), self.group)
+        return total(F.linear(y.to(normed.y.dtype), weight), group)
 
 
 def gated(x: Tensor, weight: Tensor, z: Tensor, norm_before_gate: bool) -> Undivided:

@@ -1,6 +1,8 @@
 """Splitter: parameters of a module split over the ranks of tensor parallelism, piece by piece."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +27,12 @@ class Piece(NamedTuple):
     # Those of a piece that is not split which this rank computes with, in this order; None is all.
     rows: Tensor | None = None
 
+    def here(self, ranks: int) -> int:
+        """How many rows a rank computes with."""
+        if self.rows is not None:
+            return self.rows.shape[0]
+        return self.size // ranks if self.split else self.size
+
 
 class Local(nn.Module):
     """What a rank computes with of a parameter whose pieces, each a DTensor, are kept in its place.
@@ -41,6 +49,9 @@ class Local(nn.Module):
     def __init__(self, mesh: DeviceMesh, dim: int, pieces: Sequence[Piece] | None) -> None:
         super().__init__()
         self.mesh, self.dim, self.pieces = mesh, dim, pieces
+        self.count = len(pieces or [None])
+        # What the layer of the parameter has put together for the forward that runs.
+        self.ready: dict[Local, Tensor] = {}
 
     def right_inverse(self, whole: Tensor) -> list[DTensor]:
         """The pieces of a parameter that every rank has."""
@@ -55,41 +66,82 @@ class Local(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *pieces: DTensor) -> Tensor:
-        return _Local.apply(self, *pieces)
+        if self in self.ready:
+            return self.ready[self]
+        return _Local.apply((self,), *pieces)[0]
+
+    def together(self, pieces: list[Tensor]) -> Tensor:
+        """What a rank computes with, of its parts of the pieces."""
+        for i, piece in enumerate(self.pieces or ()):
+            if piece.rows is not None:
+                pieces[i] = pieces[i].index_select(self.dim, piece.rows)
+        return pieces[0].view_as(pieces[0]) if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def apart(self, gradient: Tensor) -> list[Tensor]:
+        """The gradients of the pieces; those that all ranks have are still to be summed."""
+        if self.pieces is None:
+            return [gradient.contiguous()]
+        sizes = [piece.here(self.mesh.size()) for piece in self.pieces]
+        parts = [part.contiguous() for part in gradient.split(sizes, self.dim)]
+        for i, piece in enumerate(self.pieces):
+            if piece.rows is not None:
+                whole = list(gradient.shape)
+                whole[self.dim] = piece.size
+                parts[i] = gradient.new_zeros(whole).index_add(self.dim, piece.rows, parts[i])
+        return parts
 
 
 class _Local(torch.autograd.Function):
-    """One step for all pieces of a parameter: of a DTensor each step costs the host as much as several launches."""
+    """Several parameters in one step, for one costs the host as much as several launches, and a sum some more."""
 
     @staticmethod
-    def forward(ctx: Any, form: Local, *pieces: DTensor) -> Tensor:
-        ctx.form, ctx.specs = form, [piece._spec for piece in pieces]
-        local = [piece.to_local() for piece in pieces]
-        for i, piece in enumerate(form.pieces or ()):
-            if piece.rows is not None:
-                local[i] = local[i].index_select(form.dim, piece.rows)
-        ctx.sizes = [part.shape[form.dim] for part in local]
-        return local[0].view_as(local[0]) if len(local) == 1 else torch.cat(local, form.dim)
+    def forward(ctx: Any, forms: Sequence[Local], *pieces: DTensor) -> tuple[Tensor, ...]:
+        ctx.forms, ctx.specs = forms, [piece._spec for piece in pieces]
+        rest = iter(pieces)
+        own = [list(islice(rest, form.count)) for form in forms]
+        made = [form.together([part.to_local() for part in parts]) for form, parts in zip(forms, own, strict=True)]
+        frozen = (tensor for tensor, parts in zip(made, own, strict=True) if not parts[0].requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(made)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[DTensor | None, ...]:
-        form = ctx.form
-        parts = list(gradient.contiguous().split(ctx.sizes, form.dim))
-        common = [i for i, piece in enumerate(form.pieces or ()) if not piece.split]
-        for i in common:
-            size, _, rows = form.pieces[i]
-            if rows is not None:
-                whole = list(gradient.shape)
-                whole[form.dim] = size
-                parts[i] = gradient.new_zeros(whole).index_add(form.dim, rows, parts[i])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[DTensor | None, ...]:
+        parts = [part for form, gradient in zip(ctx.forms, gradients, strict=True) for part in form.apart(gradient)]
+        pieces = [piece for form in ctx.forms for piece in form.pieces or [None]]
+        common = [i for i, piece in enumerate(pieces) if piece is not None and not piece.split]
         if common:
-            # A copy, for another parameter may have the same gradient.
-            summed = torch.cat([parts[i] for i in common], form.dim)
-            dist.all_reduce(summed, group=form.mesh.get_group())
-            for i, part in zip(common, summed.split([form.pieces[i].size for i in common], form.dim), strict=True):
-                parts[i] = part
+            row = torch.cat([parts[i].flatten() for i in common])
+            dist.all_reduce(row, group=ctx.forms[0].mesh.get_group())
+            for i, summed in zip(common, row.split([parts[i].numel() for i in common]), strict=True):
+                parts[i] = summed.view_as(parts[i])
         return None, *(DTensor(part, spec, requires_grad=False) for part, spec in zip(parts, ctx.specs, strict=True))
+
+
+class Layer:
+    """Puts the parameters of a split layer together in one step, which is valid while its forward runs.
+
+    It begins with the layer's first projection, before which not all of its parameters may be there: FSDP gathers them.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        lists = [part for part in layer.modules() if isinstance(part, ParametrizationList)]
+        self.lists = lists
+        self.forms = [cast(Local, made[0]) for made in lists]
+        self.ready: dict[Local, Tensor] = {}
+        for form in self.forms:
+            form.ready = self.ready
+        first = next(part for part in layer.children() if isinstance(part, nn.Linear))
+        first.register_forward_pre_hook(self.begin)
+        layer.register_forward_hook(self.end, always_call=True)
+
+    @torch.compiler.disable
+    def begin(self, *_: Any) -> None:
+        pieces = [getattr(made, f"original{i}") for made in self.lists for i in range(cast(Local, made[0]).count)]
+        self.ready.update(zip(self.forms, _Local.apply(self.forms, *pieces), strict=True))
+
+    def end(self, *_: Any) -> None:
+        self.ready.clear()
 
 
 class Splitter:
@@ -153,7 +205,7 @@ class Splitter:
         for name in ("weight", "bias"):
             self.parameter(linear, name, pieces)
         group = self.group
-        linear.forward = lambda x: spread_linear(x, linear.weight, linear.bias, group)  # type: ignore[assignment,method-assign]
+        _compute(linear, lambda linear, x: spread_linear(x, linear.weight, linear.bias, group))
 
     def rows(
         self, linear: nn.Linear, then_split: bool = False, project: Callable[[Any, Tensor], Tensor] | None = None
@@ -167,30 +219,35 @@ class Splitter:
         self.parameter(linear, "bias", None)
         group = self.group
 
-        def summed(x: Any) -> Tensor:
+        def summed(linear: nn.Linear, x: Any) -> Tensor:
             y = project(x, linear.weight) if project else total(F.linear(x, linear.weight), group)
             if linear.bias is not None:
                 y = y + linear.bias.to(y.dtype)
             return copy(y, group) if then_split else y
 
-        linear.forward = summed  # type: ignore[assignment,method-assign]
+        _compute(linear, summed)
 
     def embedding(self, embedding: nn.Embedding) -> None:
         """An embedding of which each rank has a part of the tokens."""
         group, own = self.group, embedding.num_embeddings // self.ranks
         first = self.rank * own
 
-        def look_up(tokens: Tensor) -> Tensor:
+        def look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
             place = tokens - first
             here = (place >= 0) & (place < own)
             found = F.embedding(place.where(here, 0), embedding.weight)
             return total(found.masked_fill(~here.unsqueeze(-1), 0), group)
 
         self.parameters(embedding, "weight")
-        embedding.forward = look_up  # type: ignore[assignment,method-assign]
+        _compute(embedding, look_up)
 
     def head(self, head: nn.Linear) -> None:
         """A head of which each rank scores a part of the tokens; the scores are put together."""
         group = self.group
         self.columns(head, Piece(head.out_features))
         head.register_forward_hook(lambda _, inputs, scores: join(scores, group))
+
+
+def _compute(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Have a module compute ``forward(module, ...)``, and a copy of it ``forward(copy, ...)``."""
+    module.forward = MethodType(forward, module)

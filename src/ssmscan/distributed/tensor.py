@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.norm import SplitGatedRMSNorm
-from ssmscan.distributed.splitter import Piece, Splitter
+from ssmscan.distributed.splitter import Layer, Piece, Splitter
 from ssmscan.distributed.vocabulary import SplitVocabulary
 from ssmscan.layers import MLP, RGLRU, Attention, GatedRMSNorm, GatedSSM, Mamba, Mamba2, MatrixSSM
 from ssmscan.layers.conv import ShortConv
@@ -23,7 +23,8 @@ from ssmscan.shapes import error
 def split(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split the mixers, MLPs, embedding and head of ``model`` over the ranks of ``mesh``; the rest all have whole."""
     splitter = Splitter(mesh)
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, (Mixer, MLP)):
             if type(module) not in _FORMS:
                 known = ", ".join(kind.__name__ for kind in _FORMS)
@@ -37,8 +38,11 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
             if head is not None:
                 splitter.head(head)
                 own = head.out_features // splitter.ranks
-                model.vocabulary = SplitVocabulary(splitter.group, own)  # type: ignore[assignment]
+                model.vocabulary = SplitVocabulary(mesh, own)  # type: ignore[assignment]
     splitter.keep(model)
+    for module in modules:
+        if isinstance(module, (Mixer, MLP)):
+            Layer(module)
 
 
 def _gated_ssm(splitter: Splitter, mixer: GatedSSM) -> None:
@@ -151,6 +155,6 @@ def _norm(splitter: Splitter, norm: GatedRMSNorm) -> GatedRMSNorm:
         if splitter.ranks % groups:
             rule = f"the {groups} groups of a gated norm must divide the {splitter.ranks} ranks of tp, or they them"
             raise NotImplementedError(error("parallelize", rule, "neither"))
-        norm = SplitGatedRMSNorm(norm, splitter.group)
+        norm = SplitGatedRMSNorm(norm, splitter.mesh)
     splitter.parameters(norm, "weight")
     return norm

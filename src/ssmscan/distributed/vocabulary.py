@@ -1,15 +1,15 @@
 """The loss of a language model whose head scores a part of the tokens on each rank."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.handover import exchange
 from ssmscan.models.loss import IGNORE, Vocabulary, loss_kernels
 
 
 class SplitVocabulary(Vocabulary):
-    """What a model's :class:`Vocabulary` is where each rank of ``group`` scores so many tokens, in their order.
+    """What a model's :class:`Vocabulary` is where each rank of ``mesh`` scores so many tokens, in their order.
 
     The ranks tell each other two numbers for each row, and never its scores: log Σⱼ exp(sⱼ) over their own tokens, of
     which the whole is made again, and the target's score.
@@ -17,9 +17,9 @@ class SplitVocabulary(Vocabulary):
     Shoeybi et al., "Megatron-LM" (2019), section 3, has the loss of such a head.
     """
 
-    def __init__(self, group: dist.ProcessGroup, own: int) -> None:
-        self.group, self.own = group, own
-        self.ranks, self.first = dist.get_world_size(group), dist.get_rank(group) * own
+    def __init__(self, mesh: DeviceMesh, own: int) -> None:
+        self.mesh, self.own = mesh, own
+        self.ranks, self.first = mesh.size(), mesh.get_local_rank() * own
 
     def scores(self, head: nn.Module, x: Tensor) -> Tensor:
         # Without the hook that puts the ranks' scores together.
@@ -31,7 +31,7 @@ class SplitVocabulary(Vocabulary):
             own = self._levels(logits, targets)
         else:
             own = kernels.levels(logits, targets, self.first)
-        found = exchange(own.flatten(), self.group)().unflatten(1, own.shape)
+        found = exchange(own.flatten(), self.mesh.get_group())().unflatten(1, own.shape)
         level, score = found[:, 0].logsumexp(0), found[:, 1].sum(0)
         asked = targets != IGNORE
         known = (targets >= 0) & (targets < self.own * self.ranks)
