@@ -46,7 +46,7 @@ from ssmscan.training.ranks import Ranks
 from ssmscan.training.step import Step, product_dtype
 
 # What tells one row from another.
-KEY = ("experiment", "case", "gpus", "mesh", "batch", "length", "chunk", "checkpointing")
+KEY = ("experiment", "case", "gpus", "mesh", "batch", "length", "chunk", "checkpointing", "reshard")
 # A model that a CPU can try, in place of the named one.
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -175,7 +175,8 @@ def model(
     mesh = {name: size for name, size in sizes.items() if size > 1}
     ranks: Ranks = Ranks(device)
     if mesh:
-        ranks = MeshRanks(device, init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh)))
+        joined = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        ranks = MeshRanks(device, joined, given.reshard)
     made = ranks.arrange(made, product_dtype(config.precision, device))
     update = Step(made, make_optimizer(made, config.optim), config, device, ranks)
     tokens = torch.randint(made.config.vocab_size, (given.batch, length + 1), generator=torch.manual_seed(0))
@@ -205,6 +206,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mesh", default="", help="of a model, as in dp=2,cp=2 (default: one process)")
     parser.add_argument("--chunk", type=int, help="of a sequence at once in all processes (tokens; default: all)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
+    parser.add_argument("--no-reshard", dest="reshard", action="store_false", help="send weights and gradients once")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of <gpu>x<count>/distributed.json, whose row is replaced")
     parser.add_argument("--commit", help="commit to record; without it, git is asked")
@@ -229,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             sizes = sizes_of(given.mesh, dist.get_world_size())
             case = {"case": name, "mesh": given.mesh, "batch": given.batch, "length": length}
-            case |= {"chunk": given.chunk, "checkpointing": given.checkpointing}
+            case |= {"chunk": given.chunk, "checkpointing": given.checkpointing, "reshard": given.reshard}
             row = model(name, length, sizes, given, device)
         record(given, case, row)
         gc.collect()

@@ -1,10 +1,11 @@
-"""Time the tiles that GPUs with less shared memory take, on the GPU at hand: ``python benchmarks/limits.py``.
+"""Time the tiles that GPUs with less shared memory take, on the GPU at hand: ``python benchmarks/limits.py [OP …]``.
 
 Every operation whose launch configurations depend on the shared memory that a program may have, with that of each
 architecture: first checked, then forward, and forward and backward. What it prints is the cost of the smaller tiles
 alone; the GPUs that need them differ in all else too.
 """
 
+import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -59,9 +60,18 @@ def times(op: str, variant: str, size: dict[str, int], shared: int) -> tuple[flo
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the tiles that GPUs with less shared memory take.")
+    known = sorted({op for op, _, _ in ROWS})
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(known)}; all unless given")
+    wanted = parser.parse_args().ops or known
+    for op in wanted:
+        if op not in known:
+            parser.error(f"OP must be of {', '.join(known)}, got {op}.")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}; ms of forward, and of forward and backward")
     limits = sorted({given.shared for given in ARCHITECTURES.values()}, reverse=True)
     for op, variant, size in ROWS:
+        if op not in wanted:
+            continue
         _, benchmark = chosen(op, variant, size)
         print(f"{op}, {variant}, {axes(benchmark.size)}")
         first = None

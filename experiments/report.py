@@ -123,7 +123,7 @@ def books_sweep(records: Sequence[Record], picture: Path) -> str:
         told = {rate: f"{loss:.3f}" for rate, loss in own.items()}
         best = min(own, key=lambda rate: own[rate])
         told[best] = f"**{told[best]}**"
-        rows.append([f"`{model}`", *(told.get(rate, "failed") for rate in rates)])
+        rows.append([f"`{model}`", *(told.get(rate, "–") for rate in rates)])
     return table(["loss at a learning rate of", *rates], rows)
 
 

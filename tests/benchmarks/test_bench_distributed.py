@@ -21,7 +21,7 @@ CALLS = (
     "links",
     "scan ssd selective_scan --length 100 --per-rank 40",
     "model mamba2-130m --length 32 --chunk 16 --mesh cp=2",
-    "model mamba2-130m --length 16 --batch 2 --mesh dp=2 --checkpointing",
+    "model mamba2-130m --length 16 --batch 2 --mesh dp=2 --checkpointing --no-reshard",
     "model mamba2-130m --length 16 --batch 2 --mesh tp=2",
 )
 

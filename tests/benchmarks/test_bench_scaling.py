@@ -30,8 +30,10 @@ ROWS = [
     _row(1, 65536, 10_000_000, mesh="", sent_bytes=0),
     _row(2, 131072, 19_000_000),
     _row(1, 1048576, 9_000_000, mesh=""),
+    _row(1, 1048576, 8_000_000, mesh="", chunk=65536),
     _row(4, 1048576, 28_800_000),
     _row(4, 2048, 500_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, checkpointing=True),
+    _row(4, 2048, 600_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, reshard=False),
 ]
 
 
@@ -39,9 +41,9 @@ def test_efficiency():
     """Of the GPU that had as many tokens as each, else of the one that had as many as all."""
     assert scaling.efficiency(ROWS[1], ROWS[1:]) == (0.9, "each")
     assert scaling.efficiency(ROWS[3], ROWS[1:]) == (0.95, "each")
-    assert scaling.efficiency(ROWS[5], ROWS[1:]) == (0.8, "all")
+    assert scaling.efficiency(ROWS[6], ROWS[1:]) == (0.8, "all")
     assert scaling.efficiency(ROWS[2], ROWS[1:]) is None
-    assert scaling.efficiency(ROWS[6], ROWS[1:]) is None
+    assert scaling.efficiency(ROWS[7], ROWS[1:]) is None
 
 
 def test_page():
@@ -50,7 +52,8 @@ def test_page():
     assert lines[2] == "| `ssd` |  | 1 | 64k |  | 6.6 ms | 10,000,000 |  | 3.2 GiB |  |"
     assert "| `ssd` | cp=4 | 4 | 256k |  | 7.3 ms | 36,000,000 | 0.90 (as many for each) | 3.2 GiB | 2.4 MB |" in lines
     assert "| `mamba2-1.3b`, checkpointing | dp=4 | 4 | 32 × 2k |  | 4.1 ms | 500,000 |  | 3.2 GiB | 2.4 MB |" in lines
-    assert len(lines) == 2 + 6
+    assert "| `mamba2-1.3b`, weights sent once | dp=4 | 4 | 32 × 2k |  | 3.4 ms |" in text
+    assert len(lines) == 2 + 8
     assert "On 4 GPUs a copy within one moves 3,006 GB/s, an all-reduce of a gigabyte 335.5 GB/s" in text
     assert "one of 4 KiB takes 21 µs." in text
     assert "2026-01-02, commit abc, torch 2.11.0." in text

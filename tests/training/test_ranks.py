@@ -62,15 +62,18 @@ def _runs(folder):
                 replace(COPY, micro_batch_size=1, gradient_checkpointing=True, save_minutes=9.0),
                 MeshConfig(dp=2),
             ),
+            "micro held": (replace(COPY, micro_batch_size=1), MeshConfig(dp=2, reshard=False)),
             "chunk": (replace(COPY, chunk=4), MeshConfig(dp=2)),
             "cp": (COPY, MeshConfig(cp=2)),
             "packed cp": (replace(COPY, task=_text(folder), model=SCANS), MeshConfig(cp=2)),
             "chunk cp": (replace(COPY, chunk=4), MeshConfig(cp=2)),
+            "chunk cp held": (replace(COPY, chunk=4), MeshConfig(cp=2, reshard=False)),
             "packed chunk cp": (replace(COPY, task=_text(folder), chunk=17, model=SCANS), MeshConfig(cp=2)),
             "tp": (COPY, MeshConfig(tp=2)),
             "chunk tp": (replace(COPY, chunk=4), MeshConfig(tp=2)),
             "float32": (COPY, MeshConfig(dp=2)),
             "bfloat16": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2)),
+            "bfloat16 held": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2, reshard=False)),
             "one and two": (COPY, MeshConfig()),
         },
         4: {
@@ -83,7 +86,7 @@ def _runs(folder):
 @contextmanager
 def _precision(name):
     """The dtype of weights that are made meanwhile."""
-    torch.set_default_dtype(torch.float32 if name in ("float32", "bfloat16") else torch.float64)
+    torch.set_default_dtype(torch.float32 if name in ("float32", "bfloat16", "bfloat16 held") else torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -183,10 +186,12 @@ def _log(folder):
     [
         ("dp", "dp"),
         ("micro", "dp"),
+        ("micro held", "dp"),
         ("chunk", "dp"),
         ("cp", "dp"),
         ("packed cp", "packed cp"),
         ("chunk cp", "dp"),
+        ("chunk cp held", "dp"),
         ("packed chunk cp", "packed cp"),
         ("tp", "dp"),
         ("chunk tp", "dp"),
@@ -213,14 +218,15 @@ def test_a_run_is_that_of_one_process(ran, name, one):
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-def test_a_run_in_bfloat16(ran):
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 held"])
+def test_a_run_in_bfloat16(ran, name):
     """Weights that are gathered in bfloat16, and are float32."""
-    found, expected = (load_file(ran / folder / "model.safetensors") for folder in ("bfloat16", "whole float32"))
+    found, expected = (load_file(ran / folder / "model.safetensors") for folder in (name, "whole float32"))
     assert {weight.dtype for weight in found.values()} == {torch.float32}
     far = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
     # Updates of Adam, each of the size of the learning rate whatever its gradient's.
     assert 1e-4 < far < 1e-2
-    losses = ([line["loss"] for line in _log(ran / folder)] for folder in ("bfloat16", "whole float32"))
+    losses = ([line["loss"] for line in _log(ran / folder)] for folder in (name, "whole float32"))
     assert next(losses) == pytest.approx(next(losses), rel=5e-3)
 
 

@@ -35,7 +35,7 @@ def section(machine: str, rows: Sequence[Row]) -> str:
 
 
 def efficiency(row: Row, rows: Sequence[Row]) -> tuple[float, str] | None:
-    """What part of one GPU's rate each of several has, and whether that one had as many tokens as each, or as all."""
+    """What part of one GPU's best rate each of several has, and whether that had as many tokens as each, or as all."""
     alone = [
         other
         for other in rows
@@ -44,9 +44,9 @@ def efficiency(row: Row, rows: Sequence[Row]) -> tuple[float, str] | None:
         and row["gpus"] > 1
     ]
     for tokens, how in ((_tokens(row) / row["gpus"], "each"), (_tokens(row), "all")):
-        for other in alone:
-            if _tokens(other) == tokens:
-                return row["tokens_per_s"] / row["gpus"] / other["tokens_per_s"], how
+        rates = [other["tokens_per_s"] for other in alone if _tokens(other) == tokens]
+        if rates:
+            return row["tokens_per_s"] / row["gpus"] / max(rates), how
     return None
 
 
@@ -64,7 +64,8 @@ def picture(machine: str, rows: Sequence[Row], path: Path) -> None:
             tokens = thousands(round(_tokens(row) / (row["gpus"] if how == "each" else 1)))
             kind = "".join(letter for letter in row["mesh"] if letter.isalpha())
             label = f"{row['case']}, {kind}, {tokens} tokens for {how}"
-            series.setdefault(label, {1: 1.0})[row["gpus"]] = part * row["gpus"]
+            points = series.setdefault(label, {1: 1.0})
+            points[row["gpus"]] = max(part * row["gpus"], points.get(row["gpus"], 0))
     most = max((max(points) for points in series.values()), default=1)
     plane.plot([1, most], [1, most], color="#9ca3af", lw=1.3, ls=(0, (4, 3)), label="as many times")
     for label, points in series.items():
@@ -91,7 +92,7 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     memory = row.get("peak_gib")
     tokens = thousands(row["length"]) if row["batch"] == 1 else f"{row['batch']} × {thousands(row['length'])}"
     return (
-        f"`{row['case']}`" + (", checkpointing" if row["checkpointing"] else ""),
+        ", ".join([f"`{row['case']}`", *_settings(row)]),
         row["mesh"] if row["gpus"] > 1 else "",
         str(row["gpus"]),
         tokens,
@@ -102,6 +103,11 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         "" if memory is None else f"{memory:.1f} GiB",
         f"{row['sent_bytes'] / 1e6:,.1f} MB" if row["gpus"] > 1 else "",
     )
+
+
+def _settings(row: Row) -> list[str]:
+    told = {"checkpointing": row["checkpointing"] is True, "weights sent once": row.get("reshard") is False}
+    return [name for name, holds in told.items() if holds]
 
 
 def _tokens(row: Row) -> int:

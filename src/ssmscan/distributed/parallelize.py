@@ -16,7 +16,9 @@ from ssmscan.shapes import error
 DIMENSIONS = ("dp", "cp", "tp")
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> nn.Module:
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None, reshard_after_forward: bool = True
+) -> nn.Module:
     """Arrange a model on a mesh of processes, in place: each keeps a part of it, and computes a part of each batch.
 
     - "dp": every rank has sequences of its own.
@@ -38,6 +40,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
         param_dtype: in which the blocks' matrices are gathered over "dp" and "cp", such as bfloat16, under
             ``torch.autocast`` with it. Parameters and gradients stay what they are, and so do modules with a parameter
             that is to stay wide: rates of decay, D, biases of step sizes, norms. Default None: in their own dtype.
+        reshard_after_forward: whether a block gives up the weights that it gathered over "dp" and "cp" as soon as its
+            forward is done, and gathers them again in the backward. Default True, which needs the least memory.
 
     Returns:
         the model itself, whose parameters now are DTensors. :func:`full_state_dict` puts them together again.
@@ -92,7 +96,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype 
         if "tp" in names:
             # A sum over both in one collective, whose bits all ranks agree on: that of a clipped gradient's norm.
             mesh._flatten()
-        shard(model, holders, param_dtype)
+        shard(model, holders, param_dtype, reshard_after_forward)
         if hasattr(model, "holders"):
             model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
     return model

@@ -6,6 +6,7 @@ kernels make them on the way (``fused.py``).
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,31 @@ from ssmscan.ops.ssd import op as ssd_op
 from ssmscan.ops.ssd.summary import summary as ssd_summary
 
 
-class Summarised(NamedTuple):
+class Summarised:
     """An operation that tells what a stretch does to a state without the outputs, if it is not packed."""
 
-    prepare: Callable[..., tuple[str, Any, Any]]
-    operator: Operator
-    summary: Callable[..., tuple[Tensor, Tensor]]
+    def __init__(
+        self,
+        op: Callable[..., tuple[Tensor, Tensor]],
+        prepare: Callable[..., tuple[str, Any, Any]],
+        operator: Operator,
+        summary: Callable[..., tuple[Tensor, Tensor]],
+    ) -> None:
+        self._signature, self._prepare = signature(op), prepare
+        self.operator, self.summary = operator, summary
+
+    def prepare(self, **given: Any) -> tuple[str, Any, Any]:
+        """The backend that runs, and what its functions take: the operation's own checks of its arguments."""
+        bound = self._signature.bind(**given)
+        bound.apply_defaults()
+        return self._prepare(*bound.args, **bound.kwargs)
 
 
 SUMMARISED: dict[Any, Summarised] = {
     selective_scan: Summarised(
-        selective_scan_op.prepare, selective_scan_autograd.selective_scan, selective_scan_summary
+        selective_scan, selective_scan_op.prepare, selective_scan_autograd.selective_scan, selective_scan_summary
     ),
-    ssd: Summarised(ssd_op.prepare, ssd_autograd.ssd, ssd_summary),
+    ssd: Summarised(ssd, ssd_op.prepare, ssd_autograd.ssd, ssd_summary),
 }
 
 

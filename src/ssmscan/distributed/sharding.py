@@ -9,22 +9,38 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ssmscan.layers import Block
+from ssmscan.layers.mixer import Mixer
 from ssmscan.shapes import error
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard: bool) -> None:
     """Shard the parameters of ``model`` over ``mesh``: those of a block together, and the rest together.
 
-    Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it,
-    apart from the modules with a parameter that stays wide.
+    Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it;
+    the modules with a parameter that stays wide are small, and belong to the rest. What a block gathers it gives up
+    after its forward where it is to ``reshard``, the rest after the backward.
     """
     dtype = dtype_of(model)
-    blocks = [module for module in model.modules() if isinstance(module, Block) and module is not model]
-    for module in (*blocks, model):
-        if param_dtype is not None and (module is not model or not blocks):
-            narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtype, cast_forward_inputs=False)
-            _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow)
-        _shard(module, mesh, MixedPrecisionPolicy())
+    inner = (module for module in model.modules() if module is not model)
+    blocks: list[nn.Module] = [module for module in inner if isinstance(module, Block)]
+    narrow = MixedPrecisionPolicy(param_dtype, reduce_dtype=dtype, cast_forward_inputs=False)
+    if param_dtype is not None:
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.parameter_dtype = dtype
+        for module in blocks or [model]:
+            _shard([owner for owner in _owners(module) if not _stays_wide(owner)], mesh, narrow, reshard)
+    else:
+        for block in blocks:
+            _shard(block, mesh, MixedPrecisionPolicy(), reshard)
+    _shard(model, mesh, MixedPrecisionPolicy(), None)
+
+
+def sum_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the backwards to come sum gradients over the ranks, and give up the weights that they gathered."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+        model.set_reshard_after_backward(now)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -36,8 +52,10 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     return dtypes[0] if dtypes else None
 
 
-def _shard(modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    fully_shard(modules, mesh=mesh, mp_policy=policy)
+def _shard(
+    modules: nn.Module | list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool | None
+) -> None:
+    fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     sharded = modules[0] if isinstance(modules, list) else modules
     assert isinstance(sharded, FSDPModule)
     sharded.set_gradient_divide_factor(1.0)

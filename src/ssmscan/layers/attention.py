@@ -137,7 +137,7 @@ class Attention(Mixer):
             raise NotImplementedError(no_state(type(self).__name__))
         dtype = self.state_dtype()
         conv = Kept((0, self.rows), dtype) if self.conv1d is None else self.conv1d.kept(dtype)
-        stored = self.reference_parameter().dtype
+        stored = self.stored_dtype()
         pairs = Kept((-1, self.num_heads_kv, self.head_dim), stored if stored.is_floating_point else dtype)
         return AttentionState._make([conv, pairs, pairs, Kept((), torch.int64)])
 

@@ -34,6 +34,8 @@ class Mixer(WideParameters):
 
     d_model: int
     context = Context()
+    # The dtype of the parameters; None asks the one of reference, which sharded ones gathered in another do not show.
+    parameter_dtype: torch.dtype | None = None
 
     def state_layout(self) -> Any:
         """The layer's NamedTuple of states, with a :class:`Kept` in place of each tensor."""
@@ -43,9 +45,13 @@ class Mixer(WideParameters):
         """The parameter on whose device, and in whose dtype but float32 at least, states are kept."""
         return getattr(self, self._keep_wide[0])
 
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype in which the parameter of reference is kept."""
+        return self.parameter_dtype or self.reference_parameter().dtype
+
     def state_dtype(self) -> torch.dtype:
         """float32, or float64 in a layer of float64."""
-        return torch.promote_types(self.reference_parameter().dtype, torch.float32)
+        return torch.promote_types(self.stored_dtype(), torch.float32)
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> Any:
         """The state before the first token of ``batch_size`` sequences.

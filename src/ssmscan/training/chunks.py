@@ -41,6 +41,7 @@ def chunked_backward(
     num_items_in_batch: int | Tensor | None = None,
     scale: float | Tensor = 1.0,
     stretch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda inputs: inputs,
+    before_backward: Callable[[bool], None] = lambda last: None,
 ) -> Tensor:
     """Add the gradients of a model's loss to its parameters, with the activations of one chunk in memory at a time.
 
@@ -68,6 +69,7 @@ def chunked_backward(
         stretch: of the model's arguments for a chunk, ``input_ids``, ``shift_labels`` and ``cu_seqlens`` by name, those
             of this process, where others have the rest of each chunk (:func:`ssmscan.distributed.parallelize`, "cp").
             Default all.
+        before_backward: is called before the backward of each chunk, with whether it is the last one's.
 
     Returns:
         the loss, a scalar without a gradient.
@@ -106,7 +108,7 @@ def chunked_backward(
     state = [tensor for layer in model.make_cache(input_ids.shape[0], reader.longest).layers for tensor in layer.state]
     # A backward runs without autocast; the reader turns it on again.
     with torch.autocast(input_ids.device.type, enabled=False):
-        return (_truncated if truncate else _exact)(reader, parts, state, scale)
+        return (_truncated if truncate else _exact)(reader, parts, state, scale, before_backward)
 
 
 def check_carries(model: SSMForCausalLM, packed: bool) -> None:
@@ -122,18 +124,31 @@ def _growing(model: SSMForCausalLM) -> list[bool]:
     return [-1 in kept.shape for block in model.backbone.blocks for kept in block.mixer.state_layout()]
 
 
-def _truncated(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: float | Tensor) -> Tensor:
+def _truncated(
+    reader: _Reader,
+    parts: list[_Chunk],
+    state: list[Tensor],
+    scale: float | Tensor,
+    before_backward: Callable[[bool], None],
+) -> Tensor:
     losses = []
     for part in parts:
         cache = reader.enter(part, state)
         loss = reader.loss(part, cache)
+        before_backward(part is parts[-1])
         (loss * scale).backward()
         losses.append(loss.detach())
         state = _leave(part, cache)
     return torch.stack(losses).sum()
 
 
-def _exact(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: float | Tensor) -> Tensor:
+def _exact(
+    reader: _Reader,
+    parts: list[_Chunk],
+    state: list[Tensor],
+    scale: float | Tensor,
+    before_backward: Callable[[bool], None],
+) -> Tensor:
     losses = []
     entering = reader.states(parts, state)
     gradients: list[Tensor | None] = [None] * len(state)
@@ -145,6 +160,7 @@ def _exact(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: flo
         ends = zip(_leave(part, cache), gradients, strict=True)
         pairs = [(after, gradient) for after, gradient in ends if gradient is not None and part.goes_on]
         roots, starts = [after for after, _ in pairs], [gradient for _, gradient in pairs]
+        before_backward(part is parts[0])
         torch.autograd.backward([loss * scale, *roots], [None, *starts])
         losses.append(loss.detach())
         gradients = [leaf.grad for leaf in leaves]

@@ -96,12 +96,16 @@ class MeshConfig:
         dp: each has sequences of its own, and a share of the weights; null is all processes that the others leave.
         cp: each has a stretch of the same sequences.
         tp: each has a part of every layer.
+        reshard: whether a process gives up the weights of others as soon as a layer is done with them, and sums
+            gradients after every backward. If not, both travel once a step, however many micro-batches and chunks it
+            has, for which each process holds all of them meanwhile: 6 bytes a parameter under bfloat16.
         timeout: a process that does not answer for so long is given up, and the run ends (seconds).
     """
 
     dp: int | None = None
     cp: int = 1
     tp: int = 1
+    reshard: bool = True
     timeout: float = 600.0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from ssmscan.distributed import full_state_dict, parallelize
+from ssmscan.distributed.sharding import sum_gradients
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
 from ssmscan.tasks import Batch, Measure
@@ -31,9 +32,9 @@ _GONE = re.compile(r"closed|reset|refused|broken pipe|0 bytes|process exited", r
 class MeshRanks(Ranks):
     """One of the processes of a mesh with the dimensions dp, cp and tp, those of one rank left out."""
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh) -> None:
+    def __init__(self, device: torch.device, mesh: DeviceMesh, reshard: bool = True) -> None:
         super().__init__(device)
-        self.mesh = mesh
+        self.mesh, self.reshard = mesh, reshard
         self.count = mesh.size()
         self.first = dist.get_rank() == 0
 
@@ -44,7 +45,8 @@ class MeshRanks(Ranks):
         return self.mesh.get_local_rank(dimension), self.mesh[dimension].size()
 
     def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
-        parallelize(model, self.mesh, param_dtype=None if products == torch.float32 else products)
+        narrow = None if products == torch.float32 else products
+        parallelize(model, self.mesh, param_dtype=narrow, reshard_after_forward=self.reshard)
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:
@@ -67,6 +69,10 @@ class MeshRanks(Ranks):
         own = slice(place * l // ranks, (place + 1) * l // ranks)
         # The bounds of packed sequences are those in the whole.
         return {name: tensor if name == "cu_seqlens" else tensor[:, own] for name, tensor in inputs.items()}
+
+    def sum_gradients(self, model: SSMForCausalLM, last: bool) -> None:
+        if not self.reshard:
+            sum_gradients(model, last)
 
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
         norm = super().clip(parameters, longest)
@@ -107,7 +113,7 @@ def joined_mesh(config: TrainConfig, sizes: dict[str, int], device: torch.device
             dist.init_process_group(backend, timeout=timedelta(seconds=config.mesh.timeout))
         used = {name: size for name, size in sizes.items() if size > 1}
         mesh = init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
-        yield MeshRanks(device, mesh)
+        yield MeshRanks(device, mesh, config.mesh.reshard)
     except RuntimeError as failure:
         lost = None if isinstance(failure, RunError) else _lost(failure, config.mesh.timeout)
         if lost is None:

@@ -50,6 +50,9 @@ class Ranks:
         """The arguments of the model for this process's stretch of their sequences."""
         return inputs
 
+    def sum_gradients(self, model: SSMForCausalLM, last: bool) -> None:
+        """Be told before a backward whether it is the ``last`` of a step."""
+
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
         """Scale a gradient of a greater norm than ``longest`` down to that; the norm before, the same everywhere."""
         return nn.utils.clip_grad_norm_(parameters, longest)

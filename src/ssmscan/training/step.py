@@ -94,7 +94,7 @@ class Step:
         loss = torch.zeros((), device=self.device)
         scale = self.scaler.scale(self.one)
         for inputs in parts:
-            loss += self._backward(inputs, answers, scale)
+            loss += self._backward(inputs, answers, scale, last=inputs is parts[-1])
         self.scaler.unscale_(self.optimizer)
         norm = self.ranks.clip(list(self.named.values()), self.config.optim.clip)
         infinite = ~norm.isfinite()
@@ -105,9 +105,13 @@ class Step:
         self.scaler.update()
         return torch.stack([loss, norm, self.halted.float()])
 
-    def _backward(self, inputs: dict[str, Any], answers: Tensor, scale: Tensor) -> Tensor:
-        """Add the gradients of a part of the batch, times ``scale``; its part of the loss."""
+    def _backward(self, inputs: dict[str, Any], answers: Tensor, scale: Tensor, last: bool) -> Tensor:
+        """Add the gradients of a part of the batch, the ``last`` or not, times ``scale``; its part of the loss."""
         config = self.config
+
+        def before_backward(last_chunk: bool) -> None:
+            self.ranks.sum_gradients(self.model, last and last_chunk)
+
         with autocast(config.precision, self.device):
             if config.chunk is not None:
                 return chunked_backward(
@@ -118,9 +122,11 @@ class Step:
                     num_items_in_batch=answers,
                     scale=scale,
                     stretch=self.ranks.stretch,
+                    before_backward=before_backward,
                 )
             inputs = self.ranks.stretch(inputs)
             loss = self.model(**inputs, num_items_in_batch=answers, return_logits=False).loss
+        before_backward(True)
         (loss * scale).backward()
         return loss.detach()
 

@@ -137,12 +137,14 @@ def ssd_walk(
             # Its sequence begins here, in the direction of this walk, or ends.
             enters = tl.load(table + (4 if ADJOINT else 3) * chunks + chunk) != 0
             leaves = tl.load(table + (3 if ADJOINT else 4) * chunks + chunk) != 0
-            if enters:
-                log = -float("inf")
-                if initial is None:
-                    h = tl.zeros((BP, BN), tl.float32)
-                else:
-                    h = _load_state(initial + owner * initial_batch, state_rows, n, inside, N, BP, BN, EVEN_N, UNIFORM)
+            fresh = tl.zeros((BP, BN), tl.float32)
+            # Two conditions, not one: the first is settled at compile time.
+            if initial is not None:  # noqa: SIM102
+                if enters:
+                    start = initial + owner * initial_batch
+                    fresh = _load_state(start, state_rows, n, inside, N, BP, BN, EVEN_N, UNIFORM)
+            h = tl.where(enters, fresh, h)
+            log = tl.where(enters, -float("inf"), log)
         if states is not None:
             kept = states + (batch * chunks + chunk) * state_size + state_head
             store_tile(kept, state_rows, n, h, inside, N, EVEN_N)
