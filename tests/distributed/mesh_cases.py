@@ -20,6 +20,7 @@ LAYERS = {
     "mamba": partial(Mamba, M, d_state=3, bias=True, bcdt_rms_eps=1e-6),
     "mamba2": partial(Mamba2, M, d_state=3, headdim=2, ngroups=1, bias=True),
     "mamba2_groups": partial(Mamba2, M, d_state=3, headdim=4, ngroups=4, norm_before_gate=True),
+    "mamba2_pairs": partial(Mamba2, M, d_state=3, headdim=4, ngroups=2),
     "mamba2_both": partial(Mamba2, M, d_state=3, headdim=2, ngroups=2, causal=False),
     "hydra": partial(Hydra, M, d_state=3, headdim=4),
     "rg_lru": partial(RGLRU, M, num_heads=4),

@@ -18,7 +18,10 @@ from ssmscan.distributed import full_state_dict, parallelize
 from ssmscan.distributed.sequence import SplitContext
 from ssmscan.layers import S4D, Attention, GatedSSM, decay_groups
 
-ALL, FEW = tuple(cases.LAYERS), ("mamba2", "mamba2_groups", "attention", "attention_rich")
+# Two ranks have a group of its norm each, and of four ranks two have one together.
+PAIRS = "mamba2_pairs"
+ALL = tuple(name for name in cases.LAYERS if name != PAIRS)
+FEW = ("mamba2", "mamba2_groups", "attention", "attention_rich")
 SPLIT = tuple(name for name in ALL if name not in ("s4d", "hydra"))
 HYBRID, SMALL = cases.MIXERS, ["mamba2", "attention"]
 # By the number of ranks and the mesh: layers with the settings in which they run, and the mixers of models to train.
@@ -26,7 +29,7 @@ MESHES = {
     (2, "cp2"): [(ALL, ("plain",))],
     (2, "tp2"): [(SPLIT, ("packed", "state"))],
     (4, "cp4"): [(ALL, cases.SETTINGS)],
-    (4, "tp4"): [(FEW, ("state",))],
+    (4, "tp4"): [((*FEW, PAIRS), ("state",))],
     (4, "cp2,tp2"): [(("mamba", *FEW), ("packed",))],
 }
 RUNS = {

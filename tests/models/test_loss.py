@@ -69,6 +69,27 @@ def test_the_kernel(device, dtype, v):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_kernels_of_parts_of_a_row(device, dtype):
+    """Two parts of other lengths make what one call makes; in one row a part has no score but -inf."""
+    loss_kernel = pytest.importorskip("ssmscan.models.loss_kernel", reason="needs Triton, which Linux has")
+    torch.manual_seed(0)
+    v, cut = 5000, 700
+    logits = (3 * torch.randn(6, v)).to(device, dtype)
+    logits[1, :cut] = float("-inf")
+    targets = torch.tensor([0, cut + 1, -100, cut, v - 1, cut - 1], device=device)
+    losses, dlogits = loss_kernel.cross_entropy(logits, targets, -100)
+    parts = [(logits[:, :cut], 0), (logits[:, cut:], cut)]
+    found = torch.stack([loss_kernel.levels(part, targets, first) for part, first in parts])
+    level = found[:, 0].logsumexp(0)
+    asked = targets != -100
+    torch.testing.assert_close((level - found[:, 1].sum(0))[asked], losses[asked], rtol=1e-6, atol=1e-5)
+    gradients = [loss_kernel.gradient(part, targets, level, first, -100) for part, first in parts]
+    torch.testing.assert_close(torch.cat(gradients, 1), dlogits, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_kernel_tells_what_is_not_a_number(device):
     """A logit, and a target that is no token: NaN, which ends a run."""

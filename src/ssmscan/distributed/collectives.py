@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,7 +16,10 @@ def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.compiler.disable
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks, with which all do the same: each summand's gradient is that of the sum."""
+    """The sum over the ranks, with which all do the same: each summand's gradient is that of the sum.
+
+    It is made in place, so x is nothing that a derivative of what came before reads.
+    """
     return _Total.apply(x, group)
 
 
@@ -23,6 +27,15 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' parts of the last axis, side by side, with which all do the same."""
     return _Join.apply(x, group)
+
+
+@torch.compiler.disable
+def spread_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """A linear layer of :func:`copy` of x, which is cast first: its gradient is summed in the dtype of the products.
+
+    In the backward the sum goes between the ranks while the gradient of ``weight`` is made.
+    """
+    return _SpreadLinear.apply(x, weight, bias, group)
 
 
 class _Copy(torch.autograd.Function):
@@ -33,13 +46,18 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _sum(gradient, ctx.group), None
+        # Not in place, for others may have the same gradient.
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=ctx.group)
+        return summed, None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _sum(x, group)
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -59,7 +77,35 @@ class _Join(torch.autograd.Function):
         return gradient.narrow(-1, dist.get_rank(ctx.group) * ctx.width, ctx.width), None
 
 
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group)
-    return out
+class _SpreadLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        dtype = product_dtype(x)
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.group = group
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        dx, dweight, dbias = None, None, None
+        if wants_x:
+            dx = dy @ weight
+            summing = dist.all_reduce(dx, group=ctx.group, async_op=True)
+        if wants_weight:
+            dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        if wants_bias:
+            dbias = dy.flatten(0, -2).sum(0)
+        if wants_x:
+            summing.wait()
+        return dx, dweight, dbias, None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a product: float64 stays."""
+    if x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

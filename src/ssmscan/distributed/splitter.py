@@ -1,9 +1,12 @@
 """Splitter: parameters of a module split over the ranks of tensor parallelism, piece by piece."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from itertools import islice
+from types import MethodType
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ssmscan.distributed.collectives import copy, join, total
+from ssmscan.distributed.collectives import copy, join, spread_linear, total
 from ssmscan.shapes import error
 
 
@@ -23,8 +26,12 @@ class Piece(NamedTuple):
     split: bool = True
     # Those of a piece that is not split which this rank computes with, in this order; None is all.
     rows: Tensor | None = None
-    # Only the first rank computes with them, and the others with zeros: a summand of what is summed over the ranks.
-    once: bool = False
+
+    def here(self, ranks: int) -> int:
+        """How many rows a rank computes with."""
+        if self.rows is not None:
+            return self.rows.shape[0]
+        return self.size // ranks if self.split else self.size
 
 
 class Local(nn.Module):
@@ -42,6 +49,9 @@ class Local(nn.Module):
     def __init__(self, mesh: DeviceMesh, dim: int, pieces: Sequence[Piece] | None) -> None:
         super().__init__()
         self.mesh, self.dim, self.pieces = mesh, dim, pieces
+        self.count = len(pieces or [None])
+        # What the layer of the parameter has put together for the forward that runs.
+        self.ready: dict[Local, Tensor] = {}
 
     def right_inverse(self, whole: Tensor) -> list[DTensor]:
         """The pieces of a parameter that every rank has."""
@@ -56,17 +66,82 @@ class Local(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *pieces: DTensor) -> Tensor:
-        local = [piece.to_local() for piece in pieces]
+        if self in self.ready:
+            return self.ready[self]
+        return _Local.apply((self,), *pieces)[0]
+
+    def together(self, pieces: list[Tensor]) -> Tensor:
+        """What a rank computes with, of its parts of the pieces."""
+        for i, piece in enumerate(self.pieces or ()):
+            if piece.rows is not None:
+                pieces[i] = pieces[i].index_select(self.dim, piece.rows)
+        return pieces[0].view_as(pieces[0]) if len(pieces) == 1 else torch.cat(pieces, self.dim)
+
+    def apart(self, gradient: Tensor) -> list[Tensor]:
+        """The gradients of the pieces; those that all ranks have are still to be summed."""
         if self.pieces is None:
-            return local[0]
+            return [gradient.contiguous()]
+        sizes = [piece.here(self.mesh.size()) for piece in self.pieces]
+        parts = [part.contiguous() for part in gradient.split(sizes, self.dim)]
         for i, piece in enumerate(self.pieces):
-            if not piece.split:
-                local[i] = copy(local[i], self.mesh.get_group())
-                if piece.rows is not None:
-                    local[i] = local[i].index_select(self.dim, piece.rows)
-                if piece.once and self.mesh.get_local_rank() > 0:
-                    local[i] = local[i] * 0
-        return local[0] if len(local) == 1 else torch.cat(local, self.dim)
+            if piece.rows is not None:
+                whole = list(gradient.shape)
+                whole[self.dim] = piece.size
+                parts[i] = gradient.new_zeros(whole).index_add(self.dim, piece.rows, parts[i])
+        return parts
+
+
+class _Local(torch.autograd.Function):
+    """Several parameters in one step, for one costs the host as much as several launches, and a sum some more."""
+
+    @staticmethod
+    def forward(ctx: Any, forms: Sequence[Local], *pieces: DTensor) -> tuple[Tensor, ...]:
+        ctx.forms, ctx.specs = forms, [piece._spec for piece in pieces]
+        rest = iter(pieces)
+        own = [list(islice(rest, form.count)) for form in forms]
+        made = [form.together([part.to_local() for part in parts]) for form, parts in zip(forms, own, strict=True)]
+        frozen = (tensor for tensor, parts in zip(made, own, strict=True) if not parts[0].requires_grad)
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(made)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[DTensor | None, ...]:
+        parts = [part for form, gradient in zip(ctx.forms, gradients, strict=True) for part in form.apart(gradient)]
+        pieces = [piece for form in ctx.forms for piece in form.pieces or [None]]
+        common = [i for i, piece in enumerate(pieces) if piece is not None and not piece.split]
+        if common:
+            row = torch.cat([parts[i].flatten() for i in common])
+            dist.all_reduce(row, group=ctx.forms[0].mesh.get_group())
+            for i, summed in zip(common, row.split([parts[i].numel() for i in common]), strict=True):
+                parts[i] = summed.view_as(parts[i])
+        return None, *(DTensor(part, spec, requires_grad=False) for part, spec in zip(parts, ctx.specs, strict=True))
+
+
+class Layer:
+    """Puts the parameters of a split layer together in one step, which is valid while its forward runs.
+
+    It begins with the layer's first projection, before which not all of its parameters may be there: FSDP gathers them.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        lists = [part for part in layer.modules() if isinstance(part, ParametrizationList)]
+        self.lists = lists
+        self.forms = [cast(Local, made[0]) for made in lists]
+        self.ready: dict[Local, Tensor] = {}
+        for form in self.forms:
+            form.ready = self.ready
+        first = next(part for part in layer.children() if isinstance(part, nn.Linear))
+        first.register_forward_pre_hook(self.begin)
+        layer.register_forward_hook(self.end, always_call=True)
+
+    @torch.compiler.disable
+    def begin(self, *_: Any) -> None:
+        pieces = [getattr(made, f"original{i}") for made in self.lists for i in range(cast(Local, made[0]).count)]
+        self.ready.update(zip(self.forms, _Local.apply(self.forms, *pieces), strict=True))
+
+    def end(self, *_: Any) -> None:
+        self.ready.clear()
 
 
 class Splitter:
@@ -130,37 +205,49 @@ class Splitter:
         for name in ("weight", "bias"):
             self.parameter(linear, name, pieces)
         group = self.group
-        linear.register_forward_pre_hook(lambda _, inputs: (copy(inputs[0], group), *inputs[1:]))
+        _compute(linear, lambda linear, x: spread_linear(x, linear.weight, linear.bias, group))
 
-    def rows(self, linear: nn.Linear, then_split: bool = False) -> None:
+    def rows(
+        self, linear: nn.Linear, then_split: bool = False, project: Callable[[Any, Tensor], Tensor] | None = None
+    ) -> None:
         """A linear layer of which each rank has a part of the input; the output is summed.
 
-        With ``then_split`` each rank makes a part of what follows from the whole output.
+        With ``then_split`` each rank makes a part of what follows from the whole output. ``project`` makes the sum from
+        an input that is no tensor, and the weight.
         """
         self.parameter(linear, "weight", [Piece(linear.in_features)], dim=1)
-        self.parameter(linear, "bias", [Piece(linear.out_features, split=False, once=True)])
-
+        self.parameter(linear, "bias", None)
         group = self.group
 
-        def leave(_: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            output = total(output, group)
-            return copy(output, group) if then_split else output
+        def summed(linear: nn.Linear, x: Any) -> Tensor:
+            y = project(x, linear.weight) if project else total(F.linear(x, linear.weight), group)
+            if linear.bias is not None:
+                y = y + linear.bias.to(y.dtype)
+            return copy(y, group) if then_split else y
 
-        linear.register_forward_hook(leave)
+        _compute(linear, summed)
 
-    def vocabulary(self, embedding: nn.Embedding, head: nn.Linear | None) -> None:
-        """An embedding and a head of which each rank has a part of the tokens; the head's scores are put together."""
+    def embedding(self, embedding: nn.Embedding) -> None:
+        """An embedding of which each rank has a part of the tokens."""
         group, own = self.group, embedding.num_embeddings // self.ranks
         first = self.rank * own
 
-        def look_up(tokens: Tensor) -> Tensor:
+        def look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:
             place = tokens - first
             here = (place >= 0) & (place < own)
             found = F.embedding(place.where(here, 0), embedding.weight)
             return total(found.masked_fill(~here.unsqueeze(-1), 0), group)
 
         self.parameters(embedding, "weight")
-        embedding.forward = look_up  # type: ignore[assignment,method-assign]
-        if head is not None:
-            self.columns(head, Piece(head.out_features))
-            head.register_forward_hook(lambda _, inputs, scores: join(scores, group))
+        _compute(embedding, look_up)
+
+    def head(self, head: nn.Linear) -> None:
+        """A head of which each rank scores a part of the tokens; the scores are put together."""
+        group = self.group
+        self.columns(head, Piece(head.out_features))
+        head.register_forward_hook(lambda _, inputs, scores: join(scores, group))
+
+
+def _compute(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """Have a module compute ``forward(module, ...)``, and a copy of it ``forward(copy, ...)``."""
+    module.forward = MethodType(forward, module)

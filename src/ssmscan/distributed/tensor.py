@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.norm import SplitGatedRMSNorm
-from ssmscan.distributed.splitter import Piece, Splitter
+from ssmscan.distributed.splitter import Layer, Piece, Splitter
+from ssmscan.distributed.vocabulary import SplitVocabulary
 from ssmscan.layers import MLP, RGLRU, Attention, GatedRMSNorm, GatedSSM, Mamba, Mamba2, MatrixSSM
 from ssmscan.layers.conv import ShortConv
 from ssmscan.layers.mixer import Mixer
@@ -22,7 +23,8 @@ from ssmscan.shapes import error
 def split(model: nn.Module, mesh: DeviceMesh) -> None:
     """Split the mixers, MLPs, embedding and head of ``model`` over the ranks of ``mesh``; the rest all have whole."""
     splitter = Splitter(mesh)
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, (Mixer, MLP)):
             if type(module) not in _FORMS:
                 known = ", ".join(kind.__name__ for kind in _FORMS)
@@ -31,8 +33,16 @@ def split(model: nn.Module, mesh: DeviceMesh) -> None:
                 raise NotImplementedError(error("parallelize", rule, type(module).__name__, advice))
             _FORMS[type(module)](splitter, module)
         elif isinstance(module, nn.Embedding) and module.num_embeddings % splitter.ranks == 0:
-            splitter.vocabulary(module, getattr(model, "lm_head", None))
+            splitter.embedding(module)
+            head = getattr(model, "lm_head", None)
+            if head is not None:
+                splitter.head(head)
+                own = head.out_features // splitter.ranks
+                model.vocabulary = SplitVocabulary(mesh, own)  # type: ignore[assignment]
     splitter.keep(model)
+    for module in modules:
+        if isinstance(module, (Mixer, MLP)):
+            Layer(module)
 
 
 def _gated_ssm(splitter: Splitter, mixer: GatedSSM) -> None:
@@ -68,7 +78,7 @@ def _mamba2(splitter: Splitter, mixer: Mamba2) -> None:
     _conv(splitter, mixer.conv1d, Piece(mixer.d_inner), pair, pair)
     splitter.parameters(mixer, "dt_bias", "A_log", "D")
     mixer.norm = _norm(splitter, mixer.norm)
-    splitter.rows(mixer.out_proj)
+    splitter.rows(mixer.out_proj, project=getattr(mixer.norm, "project", None))
     splitter.part(mixer, "nheads", "d_inner")
     mixer.ngroups, mixer.pair_width = groups, 2 * groups * mixer.d_state
 
@@ -132,6 +142,8 @@ def _shared(splitter: Splitter, heads: int, groups: int, width: int) -> tuple[Pi
     # As many heads in each; where that is not so, each head has a group of its own.
     if len({own.count(group) for group in distinct}) == 1:
         own = distinct
+    if own == list(range(groups)):
+        return Piece(groups * width, split=False), groups
     rows = torch.tensor([group * width + i for group in own for i in range(width)], device=splitter.mesh.device_type)
     return Piece(groups * width, split=False, rows=rows), len(own)
 
@@ -143,6 +155,6 @@ def _norm(splitter: Splitter, norm: GatedRMSNorm) -> GatedRMSNorm:
         if splitter.ranks % groups:
             rule = f"the {groups} groups of a gated norm must divide the {splitter.ranks} ranks of tp, or they them"
             raise NotImplementedError(error("parallelize", rule, "neither"))
-        norm = SplitGatedRMSNorm(norm, splitter.group)
+        norm = SplitGatedRMSNorm(norm, splitter.mesh)
     splitter.parameters(norm, "weight")
     return norm

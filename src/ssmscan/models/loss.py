@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,8 +29,28 @@ class Holders:
         return x
 
 
+class Vocabulary:
+    """The tokens whose scores this process makes: all. :mod:`ssmscan.distributed` has one of several processes."""
+
+    ranks = 1
+
+    def scores(self, head: nn.Module, x: Tensor) -> Tensor:
+        """Of x, (n, m), the logits (n, v / ranks) that are made here."""
+        return head(x)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (n,) of each row, and its gradient by the logits that are made here."""
+        return cross_entropy(logits, targets)
+
+
 @torch.compiler.disable
-def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[Tensor, " n"], v: int) -> Tensor:
+def linear_cross_entropy(
+    head: nn.Module,
+    x: Float[Tensor, "n m"],
+    targets: Int[Tensor, " n"],
+    v: int,
+    vocabulary: Vocabulary = Vocabulary(),  # noqa: B008
+) -> Tensor:
     """Sum of the cross entropies of ``head(x)`` against ``targets``, in nats, chunk by chunk.
 
         Σᵢ log Σⱼ exp(sᵢⱼ) − sᵢₜ,   s = head(x), t = targetsᵢ
@@ -42,6 +63,7 @@ def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[
         x: the stream after the last norm.
         targets: tokens in 0 … v-1; -100 asks for nothing.
         v: number of tokens.
+        vocabulary: which of them the head scores in this process. Default: all.
 
     Returns:
         the sum, a scalar in float32 (float64 for float64 inputs).
@@ -59,10 +81,10 @@ def linear_cross_entropy(head: nn.Module, x: Float[Tensor, "n m"], targets: Int[
     """
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     learns = torch.is_grad_enabled() and (x.requires_grad or len(weights) > 0)
-    rows = max(_CHUNK // v, 1)
+    rows = max(_CHUNK * vocabulary.ranks // v, 1)
     if torch.float16 in (x.dtype, _product_dtype(x)):
         rows = min(rows, _HALF_ROWS)
-    return _Loss.apply(head, rows, learns, targets, x, *weights)
+    return _Loss.apply(head, vocabulary, rows, learns, targets, x, *weights)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -73,7 +95,14 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, head: nn.Module, rows: int, learns: bool, targets: Tensor, x: Tensor, *weights: Tensor
+        ctx: Any,
+        head: nn.Module,
+        vocabulary: Vocabulary,
+        rows: int,
+        learns: bool,
+        targets: Tensor,
+        x: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         loss = x.new_zeros((), dtype=wide)
@@ -84,8 +113,8 @@ class _Loss(torch.autograd.Function):
             chunk = slice(first, first + rows)
             part = x[chunk].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
-                logits = head(part)
-            losses, dlogits = cross_entropy(logits.detach(), targets[chunk])
+                logits = vocabulary.scores(head, part)
+            losses, dlogits = vocabulary.cross_entropy(logits.detach(), targets[chunk])
             loss += losses.sum()
             if learns:
                 # In this thread, for a forward has nothing to overlap with.
@@ -107,15 +136,14 @@ class _Loss(torch.autograd.Function):
         dx, *sums = ctx.saved_tensors
         # Narrow only when divided by the number of tokens, before which a sum may be beyond float16.
         dweights = ((total * dloss).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True))
-        return None, None, None, None, dx * dloss, *dweights
+        return *(None,) * 5, dx * dloss, *dweights
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The loss (n,) of each row of logits (n, v), in float32 or wider, and its gradient by them, in their dtype."""
-    if logits.is_cuda and why_not("triton", "cuda", logits.dtype) is None:
-        from ssmscan.models import loss_kernel
-
-        return loss_kernel.cross_entropy(logits, targets, IGNORE)
+    kernels = loss_kernels(logits)
+    if kernels is not None:
+        return kernels.cross_entropy(logits, targets, IGNORE)
     asked = targets != IGNORE
     # A target that is no token is refused by gather.
     index = targets.where(asked, 0).unsqueeze(1)
@@ -124,3 +152,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # exp(s) - 1 at the target, 0 in rows that are not asked for.
     scores.exp_().scatter_add_(1, index, scores.new_full(index.shape, -1))
     return losses, torch.mul(scores, asked.unsqueeze(1), out=torch.empty_like(logits))
+
+
+def loss_kernels(logits: Tensor) -> ModuleType | None:
+    """The kernels for such logits, where there are any."""
+    if not logits.is_cuda or why_not("triton", "cuda", logits.dtype) is not None:
+        return None
+    from ssmscan.models import loss_kernel
+
+    return loss_kernel

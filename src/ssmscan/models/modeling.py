@@ -16,7 +16,7 @@ from ssmscan.models.backbone import CACHE, SSMModel, SSMPreTrainedModel
 from ssmscan.models.cache import SSMCache
 from ssmscan.models.configuration import SSMConfig
 from ssmscan.models.initialization import draw
-from ssmscan.models.loss import IGNORE, Holders, linear_cross_entropy
+from ssmscan.models.loss import IGNORE, Holders, Vocabulary, linear_cross_entropy
 from ssmscan.shapes import error
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
     """
 
     holders = Holders()
+    vocabulary = Vocabulary()
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: SSMConfig) -> None:
@@ -233,7 +234,8 @@ class SSMForCausalLM(SSMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **states)
 
     def _chunked_loss(self, x: Tensor, targets: Tensor, num_items_in_batch: int | Tensor, **_: Any) -> Tensor:
-        total = linear_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), self.config.vocab_size)
+        x, targets, v = x.flatten(0, 1), targets.flatten(), self.config.vocab_size
+        total = linear_cross_entropy(self.lm_head, x, targets, v, self.vocabulary)
         return total / num_items_in_batch
 
 

@@ -2,7 +2,9 @@
 
 With u the normalised input (x·silu(z), or x), n = u·r for r = 1/sqrt(mean(u²) + eps), and a the gradient of n,
 
-    du = r·(a − n·mean(a·n)),    dweight = Σ dy·n  (times silu(z) where the gate comes after).
+    du = r·(a − n·mean(a·n)),    dweight = Σ dy·n  (times silu(z) where the gate comes after),
+
+and where the forward did not divide, but told the sum of squares, n = u and du = a + 2·u·dsquares.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from ssmscan.ops.gated_rms_norm.kernel_fwd import as_rows, load_tile, store_tile
 
 @kernel(do_not_specialize=["N"])
 def gated_rms_norm_backward(
-    x, weight, z, dy, dx, partial, dz,
+    x, weight, z, dy, dsquares, dx, partial, dz,
     N, GROUPS, SIZE, x_row, z_row, dy_row,
     EPS: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
@@ -49,13 +51,19 @@ def gated_rms_norm_backward(
                 a *= gate
             else:
                 u *= gate
-        inverse = tl.rsqrt(tl.sum(u * u, 1) / SIZE + EPS)[:, None]
-        n = u * inverse
+        n = u
+        if dsquares is None:
+            inverse = tl.rsqrt(tl.sum(u * u, 1) / SIZE + EPS)[:, None]
+            n = u * inverse
         # The gradient of the scaled norm, before and after the scale.
         sums += a * n
         a *= scale
-        mean = tl.sum(a * u, 1)[:, None] * inverse / SIZE
-        du = inverse * (a - n * mean)
+        if dsquares is None:
+            mean = tl.sum(a * u, 1)[:, None] * inverse / SIZE
+            du = inverse * (a - n * mean)
+        else:
+            slopes = tl.load(dsquares + row.to(tl.int64) * GROUPS + group, mask=row < N, other=0.0)
+            du = a + 2.0 * u * slopes[:, None]
         if z is not None:
             if AFTER:
                 dv = g * n * scale * slope
@@ -70,7 +78,10 @@ def gated_rms_norm_backward(
         tl.store(partial + walker.to(tl.int64) * GROUPS * SIZE + first + channels, tl.sum(sums, 0), mask=inside)
 
 
-def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+def backward(
+    inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool], dsquares: Tensor | None = None
+) -> Sequence[Tensor | None]:
+    """The gradients of x, weight and z; ``dsquares`` is that of the sums of squares, of a y that was not divided."""
     x, weight, z = inputs
     eps, size, norm_before_gate, _ = options
     dx, dweight, dz = room(inputs, needs)
@@ -84,7 +95,7 @@ def backward(inputs: Inputs, dy: Tensor, options: Options, needs: Sequence[bool]
     parts = None if dweight is None else x.new_empty(walkers, d, dtype=torch.float32)
     gated_rms_norm_backward.launch(
         (groups * walkers, 1, 1),
-        (x, weight.contiguous(), z, dy, dx, parts, dz),
+        (x, weight.contiguous(), z, dy, dsquares, dx, parts, dz),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0), dy.stride(0)),
         (eps, norm_before_gate, rows, width, size == width, stages),
         warps,

@@ -1,5 +1,6 @@
 """The forward of gated_rms_norm, and its launcher."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,12 +34,15 @@ def store_tile(pointer, stride, tile, row, N, channels, SIZE, EVEN: tl.constexpr
 
 @kernel(do_not_specialize=["N"])
 def gated_rms_norm_forward(
-    x, weight, z, y,
+    x, weight, z, y, squares,
     N, GROUPS, SIZE, x_row, z_row,
     EPS: tl.constexpr, AFTER: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One group of every so many tiles of ROWS rows; AFTER puts the gate behind the norm."""
+    """One group of every so many tiles of ROWS rows; AFTER puts the gate behind the norm.
+
+    With ``squares`` y is not divided by anything, and the sum of its group's squares stored there.
+    """
     group = tl.program_id(0) % GROUPS
     walker = tl.program_id(0) // GROUPS
     first = tl.cast(group, tl.int64) * SIZE
@@ -52,8 +56,12 @@ def gated_rms_norm_forward(
             gate = v * sigmoid(v)
             if not AFTER:
                 u *= gate
-        inverse = tl.rsqrt(tl.sum(u * u, 1) / SIZE + EPS)
-        u *= inverse[:, None] * scale
+        total = tl.sum(u * u, 1)
+        if squares is not None:
+            tl.store(squares + row.to(tl.int64) * GROUPS + group, total, mask=row < N)
+            u *= scale
+        else:
+            u *= tl.rsqrt(total / SIZE + EPS)[:, None] * scale
         # Two conditions, not one: the first is settled at compile time.
         if z is not None:  # noqa: SIM102
             if AFTER:
@@ -66,12 +74,14 @@ def as_rows(tensor: Tensor) -> Tensor:
     return channels_last(tensor.reshape(-1, tensor.shape[-1]))
 
 
-def forward(inputs: Inputs, options: Options) -> Tensor:
+def forward(inputs: Inputs, options: Options, divided: bool = True) -> Tensor | tuple[Tensor, Tensor]:
+    """y; where it is not to be ``divided`` by the root, y without that, and the sum of squares of each group."""
     x, weight, z = inputs
     eps, size, norm_before_gate, dtype = options
     y = x.new_empty(x.shape, dtype=dtype)
+    squares = None if divided else x.new_empty(*x.shape[:-1], x.shape[-1] // size, dtype=torch.float32)
     if y.numel() == 0:
-        return y
+        return y if squares is None else (y, squares)
     x, z = as_rows(x), None if z is None else as_rows(z)
     n, d = x.shape
     width = padded(size)
@@ -79,9 +89,9 @@ def forward(inputs: Inputs, options: Options) -> Tensor:
     groups, rows, walkers, warps, stages = tiling(FORWARD[x.dtype.itemsize], n, d // size, width, row_bytes)
     gated_rms_norm_forward.launch(
         (groups * walkers, 1, 1),
-        (x, weight.contiguous(), z, y),
+        (x, weight.contiguous(), z, y, squares),
         (n, groups, size, x.stride(0), 0 if z is None else z.stride(0)),
         (eps, norm_before_gate, rows, width, size == width, stages),
         warps,
     )
-    return y
+    return y if squares is None else (y, squares)
