@@ -139,6 +139,18 @@ def _only_h0_has_a_gradient(rank):
         (y.sum() + h.sum()).backward()
         # It is met by the taps behind it.
         assert rank == 1 or torch.allclose(h0.grad, torch.stack([taps[:, 0], taps[:, :2].sum(1)])[None])
+    half, ones = torch.full((1, 6, 4), 0.5), torch.ones(1, 6, 1)
+    own = slice(2) if rank == 0 else slice(2, 6)
+    for op, along, rest, state in (
+        (ssmscan.linear_scan, (x, half), (), (1, 4)),
+        (ssmscan.selective_scan, (x, half.log().neg()), (-torch.ones(4, 1), ones, ones), (1, 4, 1)),
+    ):
+        h0 = torch.ones(state, requires_grad=True)
+        given = [tensor[:, own] if tensor.shape[:2] == (1, 6) else tensor for tensor in (*along, *rest)]
+        y, h = context_parallel(op, *given, h0=h0)
+        (y.sum() + h.sum()).backward()
+        # Both ranks have the last state.
+        assert rank == 1 or torch.allclose(h0.grad, torch.full_like(h0, sum(0.5**t for t in (1, 2, 3, 4, 5, 6, 6, 6))))
 
 
 def _is_compiled_around():

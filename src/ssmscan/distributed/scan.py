@@ -105,7 +105,8 @@ def scan(stretch: Stretch, first: bool, h0: Tensor | None) -> tuple[Tensor, Tens
         for tensor in tensors.values():
             if tensor.requires_grad:
                 h = with_backward_of(h, tensor)
-    return _Meet.apply(stretch, first, decays, states[-1], y, h, *tensors.values())
+    # All ranks are given h0, for where it asks for a gradient all have to be there in the backward.
+    return _Meet.apply(stretch, first, decays, states[-1], y, h, h0, *tensors.values())
 
 
 def _after(decay: Tensor, before: Tensor, s: Tensor) -> Tensor:
@@ -118,7 +119,15 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stretch: Stretch, first: bool, decays: Tensor, leaving: Tensor, y: Tensor, h: Tensor, *tensors: Tensor
+        ctx: Any,
+        stretch: Stretch,
+        first: bool,
+        decays: Tensor,
+        leaving: Tensor,
+        y: Tensor,
+        h: Tensor,
+        h0: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.names = [name for name, value in stretch.given.items() if isinstance(value, Tensor)]
         options = {name: value for name, value in stretch.given.items() if name not in ctx.names}
@@ -142,7 +151,7 @@ class _Meet(torch.autograd.Function):
         for decay, g in zip(decays.flip(0), gs.flip(0), strict=True):
             gradients.append(_after(decay.conj(), gradients[-1], g))
         dh = gradients[dist.get_world_size(stretch.group) - 1 - place(stretch.group, stretch.reverse)]
-        return None, None, None, None, dy, dh, *(None for _ in tensors)
+        return *(None,) * 4, dy, dh, None, *(None for _ in tensors)
 
 
 def _adjoint(stretch: Stretch, dy: Tensor, none: Tensor) -> Tensor:
