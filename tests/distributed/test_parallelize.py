@@ -82,6 +82,7 @@ def _worker(rank, ranks, folder):
             _repeats,
             _recomputes,
             _gathers_narrow,
+            _has_the_weights_it_keeps,
             _averages,
             _reads_a_prompt,
             _keeps_the_weights,
@@ -169,6 +170,19 @@ def _gathers_narrow(meshes):
         found = gradients[1][name]
         assert found.dtype is torch.float32
         assert torch.allclose(found, expected, rtol=0, atol=0.06 * expected.abs().max().item()), name
+
+
+def _has_the_weights_it_keeps(meshes):
+    """After a forward alone, which leaves gathered matrices in bfloat16, they are those before it to the bit."""
+    model = cases.build_model(["mamba2"], torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parallelize(model, meshes["cp2"], param_dtype=torch.bfloat16, reshard_after_forward=False)
+    tokens = torch.randint(0, 12, (2, cases.L), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(tokens[cases.part_of(meshes["cp2"], 2)])
+    found = full_state_dict(model)
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
 
 
 def _averages(meshes):

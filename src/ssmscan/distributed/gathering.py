@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -40,6 +41,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def gathered(model: nn.Module, of: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
     """What ``of`` makes of each parameter, such as its gradient, and of each buffer of the state dict: whole."""
     found = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # What a forward has left may be narrow.
+            module.reshard()
     for path, module in model.named_modules():
         if isinstance(module, ParametrizationList) and isinstance(module[0], Local):
             pieces = [_whole(of(piece)) for piece in module.parameters()]
