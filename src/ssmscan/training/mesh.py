@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from ssmscan.distributed import full_state_dict, parallelize
 from ssmscan.distributed.sharding import sum_gradients
@@ -75,8 +75,23 @@ class MeshRanks(Ranks):
             sum_gradients(model, last)
 
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
-        norm = super().clip(parameters, longest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # By what each process has of them, for an operation on a DTensor costs the host as much as many launches.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        kept: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
+        for gradient in gradients:
+            assert isinstance(gradient, DTensor)
+            kept.setdefault((gradient.device_mesh, gradient.placements), []).append(gradient.to_local())
+        squares = []
+        for (mesh, placements), own in kept.items():
+            part = nn.utils.get_total_norm(own).square()
+            for dimension, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    dist.all_reduce(part, group=mesh.get_group(dimension))
+            squares.append(part)
+        norm = torch.stack(squares).sum().sqrt()
+        scale = (longest / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([tensor for own in kept.values() for tensor in own], scale)
+        return norm
 
     def add_up(self, measures: dict[str, Measure]) -> dict[str, Measure]:
         sums = torch.tensor([[float(part) for part in measure] for measure in measures.values()], dtype=torch.float64)
