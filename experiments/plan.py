@@ -10,8 +10,11 @@ from typing import Any, Self
 import yaml
 
 from experiments.record import last_loss
+from ssmscan.shapes import check_integer, error
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# What a group may hold. A mapping in YAML is a dict, and what is left empty None.
+_GROUP = {"recipe": str, "seeds": list, "slots": int, "options": dict, "evaluate": list, "runs": dict}
 
 
 @dataclass
@@ -66,20 +69,56 @@ def _pattern(value: object) -> str | None:
 
 
 def read(paths: Sequence[Path], folder: Path) -> list[Run]:
-    """The runs of the files in their order, and how each of them ended before."""
-    runs: list[Run] = []
+    """The runs of the files in their order, and how each of them ended before.
+
+    Raises:
+        TypeError, ValueError: a file does not list runs as it should.
+    """
+    runs: dict[str, Run] = {}
     for path in paths:
-        for group, about in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        for group, about in _groups(path).items():
             for name, own in about["runs"].items():
+                place = f"{path}, {group}/{name}"
+                _require(isinstance(own, dict), place, "must map options to values", own)
                 options = {"recipe": about.get("recipe"), **about.get("options", {}), **own}
                 recipe = options.pop("recipe")
-                patterns = [pattern for value in options.values() if (pattern := _pattern(value))]
-                waits_for = [run for run in runs if any(fnmatch(run.name, pattern) for pattern in patterns)]
+                _require((RECIPES / f"{recipe}.yaml").is_file(), place, f"recipe must name a file of {RECIPES}", recipe)
+                waits_for = []
+                for pattern in filter(None, map(_pattern, options.values())):
+                    matching = [run for run in runs.values() if fnmatch(run.name, pattern)]
+                    rule = "best_of must match an earlier run's name, group/run-seed"
+                    _require(bool(matching), place, rule, pattern)
+                    waits_for += matching
                 for seed in about.get("seeds", [0]):
                     full = f"{group}/{name}-{seed}"
+                    _require(full not in runs, place, "group/run-seed must name one run", f"{full} twice")
                     evaluate, slots = about.get("evaluate", []), about.get("slots", 1)
                     run = Run(full, recipe, seed, slots, dict(options), evaluate, folder / full, waits_for)
                     if run.beside(".json").is_file():
                         run.status = json.loads(run.beside(".json").read_text())["status"]
-                    runs.append(run)
-    return runs
+                    runs[full] = run
+    return list(runs.values())
+
+
+def _groups(path: Path) -> dict[str, dict[str, Any]]:
+    """The groups of a file by their names."""
+    try:
+        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise ValueError(error("experiments", f"{path} must be YAML", " ".join(str(reason).split()))) from None
+    _require(isinstance(groups, dict), str(path), "must map names to groups of runs", groups)
+    for group, about in groups.items():
+        place = f"{path}, {group}"
+        _require(isinstance(about, dict) and "runs" in about, place, "must be a group with runs", about)
+        for name, value in about.items():
+            _require(name in _GROUP, place, f"a group must have {', '.join(_GROUP)}", name)
+            _require(isinstance(value, _GROUP[name]), place, f"{name} must be a {_GROUP[name].__name__}", value)
+        check_integer(place, "slots", about.get("slots", 1), 1)
+        for seed in about.get("seeds", []):
+            check_integer(place, "each of seeds", seed, 0)
+    return groups
+
+
+def _require(holds: bool, place: str, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(error("experiments", f"{place}: {rule}", got))

@@ -1,6 +1,7 @@
 """Writes what is recorded under experiments into docs/experiments.md, and draws its pictures.
 
     python -m experiments.report
+    python -m experiments.report RECORDS    # a table of the runs that are recorded in a folder of your own, printed
 
 On the page a pair of markers, <!-- results: NAME --> and <!-- end of NAME -->, holds what this writes of NAME.
 """
@@ -166,15 +167,15 @@ def _books_row(run: Record) -> list[str]:
     ]  # fmt: skip
 
 
-def log(records: Sequence[Record]) -> str:
-    """Every run, those that failed too."""
+def log(records: Sequence[Record], root: str) -> str:
+    """Every run, those that failed too, with links to the records under ``root``."""
     rows = []
     for run in sorted(records, key=lambda run: (run.about["date"], run.group, run.folder.name)):
         about, metrics = run.about, run.metrics
         result = ", ".join(f"{name} {value:.4g}" for name, value in metrics.get("evaluation", {}).items())
         rows.append(
             [
-                about["date"], f"[{run.group}/{run.folder.name}](../experiments/{run.group}/{run.folder.name})",
+                about["date"], f"[{run.group}/{run.folder.name}]({root}/{run.group}/{run.folder.name})",
                 str(metrics.get("steps", "–")), f"{metrics['seconds']:.0f}" if metrics else "–",
                 metrics.get("device", "–"), about["commit"] or "–",
                 result if about["status"] == "finished" else f"failed: {about['error']}",
@@ -220,11 +221,18 @@ def write(records: Sequence[Record], page: str, images: Path) -> str:
         if own and picture.is_file():
             parts.append(f"![{name.replace('_', ' ')}](images/{picture.name})")
         page = insert(page, name, "\n\n".join(parts))
-    return insert(page, "log", log(records) if records else "")
+    return insert(page, "log", log(records, "../experiments") if records else "")
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("records", type=Path, nargs="?", help="a folder whose runs to print as a table instead")
+    own = parser.parse_args().records
+    if own is not None:
+        if not (records := read_records(own)):
+            parser.error(f"RECORDS must be a folder that experiments.run has recorded runs in, got {own}.")
+        print(log(records, str(own)))
+        return
     path = ROOT / "docs" / "experiments.md"
     written = write(read_records(ROOT / "experiments"), path.read_text(encoding="utf-8"), path.parent / "images")
     path.write_text(written, encoding="utf-8")

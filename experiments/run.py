@@ -147,13 +147,18 @@ def work(runs: Sequence[Run], machine: Machine, minutes: float) -> None:
                     break
                 waiting.remove(run)
                 machine.start(run)
-            if not machine.active:
+            # What one that failed at once was waited for by is ready only now.
+            if not machine.active and not ready:
+                for run in waiting:
+                    _say(f"{run.name} waits for {', '.join(o.name for o in run.waits_for if o.status is None)}")
                 break
             time.sleep(0.1)
     finally:
         machine.stop()
         unfinished = sum(run.status is None for run in runs)
-        _say(f"{len(runs) - unfinished} of {len(runs)} runs have ended")
+        failed = sum(run.status == "failed" for run in runs)
+        told = f", {failed} of them failed, which --again continues" if failed else ""
+        _say(f"{len(runs) - unfinished} of {len(runs)} runs have ended{told}")
 
 
 def main() -> None:
@@ -169,16 +174,24 @@ def main() -> None:
     arguments = parser.parse_args()
     # As Ctrl-C does, end the processes first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if arguments.gpus < 0:
+        parser.error(f"--gpus must be at least 0, got {arguments.gpus}.")
     for path in arguments.files:
         if not path.is_file():
             parser.error(f"FILES must be files, got {path}.")
     machine = Machine(arguments.gpus, arguments.records, arguments.commit or commit())
-    runs = [run for run in read(arguments.files, arguments.runs) if fnmatch(run.name, arguments.only)]
+    try:
+        listed = read(arguments.files, arguments.runs)
+    except (TypeError, ValueError) as reason:
+        parser.error(str(reason))
+    runs = [run for run in listed if fnmatch(run.name, arguments.only)]
     if not runs:
         parser.error(f"--only must match a name, group/run-seed, of the files, got {arguments.only}.")
     for run in runs:
         if arguments.again and run.status == "failed":
             run.status = None
+            # Stopped again, it is one that is to be continued.
+            run.beside(".json").unlink()
         elif run.status is not None:
             # It may have been recorded elsewhere.
             machine.record(run)
@@ -186,6 +199,8 @@ def main() -> None:
         work(runs, machine, arguments.minutes)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    if any(run.status == "failed" for run in runs):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

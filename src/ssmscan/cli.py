@@ -210,6 +210,12 @@ def _one_line(message: str) -> str:
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     key, value = r'Parser key "([^"]*)": ', r"Given value: (.*)"
     message = re.sub(rf"{key}Expected (?:a )?(.*?)\. Got value: (.*)", r"\1 must be \2, got \3.", message)
+    message = re.sub(
+        rf"{key}Unable to load config '(.*?)' - .*", r"\1 must be options or a YAML file of them, got \2.", message
+    )
+    message = re.sub(r"unrecognized arguments: (.*)", r"arguments must be among those of --help, got \1.", message)
+    among = r"\1: options must be among those of ssmscan \1 --task.name NAME --help, got \2."
+    message = re.sub(r"Subcommand '(train)' does not accept option '(.*?)'", among, message)
     several = re.search(rf"{key}Does not validate .*Subtypes: \[(.*?)\] Errors: .* {value}", message)
     if several is not None:
         name, types, got = several.groups()

@@ -104,12 +104,15 @@ def test_generates_from_a_checkpoint(text_run, capsys):
         ("--prompts latin.txt", "generate: --prompts must be UTF-8, got latin.txt."),
         ("--prompts x.txt --batch-size 0", "generate: --batch-size must be at least 1, got 0."),
         ("--model absent", "load_pretrained: path_or_name must be a folder"),
-        ("--model .", "generate: model must have a tokenizer, got ., whose tokens are no text."),
+        ("--model .", "load_pretrained: . must hold config.json, got none."),
+        ("--model shapes", "generate: model must have a tokenizer, got shapes, whose tokens are no text."),
     ],
 )
 def test_generate_refuses(text_run, here, capsys, options, part):
     for name, content in (("gap", b"to\n\nbe\n"), ("empty", b""), ("latin", b"\xe9t\xe9\n")):
         Path(f"{name}.txt").write_bytes(content)
+    Path("shapes").mkdir()
+    Path("shapes/config.json").write_text("{}")
     assert cli.main(["generate", "--model", str(text_run), *options.split()]) == 2
     err = capsys.readouterr().err
     assert part in err

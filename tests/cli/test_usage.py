@@ -22,7 +22,8 @@ from ssmscan.tasks import TASKS
         ("tarin", "invalid choice: 'tarin'"),
         ("train --optim.lr fast", "optim.lr must be float, got fast"),
         ("train --optim.lr -1", "optim: lr must be positive and finite, got -1.0"),
-        ("train --optim.rate 1", "unrecognized arguments: --optim.rate"),
+        ("train --optim.rate 1", "ssmscan: arguments must be among those of --help, got --optim.rate 1."),
+        ("train --optim fast", "ssmscan: optim must be options or a YAML file of them, got fast."),
         ("train --steps 1.5", "steps must be int, got 1.5"),
         (
             "train --target high",
@@ -52,7 +53,18 @@ from ssmscan.tasks import TASKS
         ),
         ("train --config list.yaml", "train: --config must hold options, as in steps: 100, got [3] in list.yaml."),
         ("train --config latin1.yaml", "train: --config must be UTF-8, got latin1.yaml."),
-        ("train --config wrong_key.yaml", "does not accept option 'stepz'"),
+        (
+            "train --config wrong_key.yaml",
+            "train: options must be among those of ssmscan train --task.name NAME --help, got stepz.",
+        ),
+        (
+            "train --config wrong_task.yaml",
+            "train: --config must map the options of task to values, got 'filename' in wrong_task.yaml.",
+        ),
+        (
+            "train --config no_mesh.yaml",
+            "train: --config must map the options of mesh to values, got None in no_mesh.yaml.",
+        ),
         ("train --config wrong_value.yaml", "steps must be int, got many"),
         ("train --config wrong_yaml.yaml", "train: --config must be YAML, got wrong_yaml.yaml: while parsing"),
         ("train --resume absent", "train: --resume must name a run's folder, got absent"),
@@ -68,7 +80,7 @@ from ssmscan.tasks import TASKS
             "train --optim.lr 2e-3 --resume=absent",
             "train: --resume must be the only option, or come with --mesh, got --optim.lr.",
         ),
-        ("train --res absent", "unrecognized arguments: --res"),
+        ("train --res absent", "arguments must be among those of --help, got --res absent."),
         ("train --out tiny.yaml", "train: out must be a folder, got the file tiny.yaml"),
         ("train --out .", "train: out must be an empty folder or a run's"),
         ("train --out tiny.yaml/run", "train: out must be a folder that can be written, got tiny.yaml/run"),
@@ -76,6 +88,8 @@ from ssmscan.tasks import TASKS
 )
 def test_wrong_usage(here, capsys, arguments, part):
     Path("wrong_key.yaml").write_text("stepz: 3")
+    Path("wrong_task.yaml").write_text("task: filename")
+    Path("no_mesh.yaml").write_text("mesh:")
     Path("wrong_value.yaml").write_text("steps: many")
     Path("wrong_yaml.yaml").write_text("optim: {lr: [")
     Path("empty.yaml").write_text("")

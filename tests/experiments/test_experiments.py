@@ -168,6 +168,23 @@ def test_help_writes_no_page(monkeypatch, capsys):
     assert "docs/experiments.md" in capsys.readouterr().out
 
 
+def test_own_records_are_printed(records, monkeypatch, capsys):
+    """As a table that leads to them; a folder without any is refused."""
+    folder = records[0].folder.parents[1]
+    monkeypatch.setattr(report, "write", lambda page, *_: pytest.fail("written"))
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(records)
+    assert all(any(f"]({record.folder})" in line for line in lines) for record in records)
+    monkeypatch.setattr(sys, "argv", ["report", str(folder / "books")])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert f"RECORDS must be a folder that experiments.run has recorded runs in, got {folder / 'books'}." in (
+        capsys.readouterr().err
+    )
+
+
 def test_the_page_shows_what_is_recorded(tmp_path):
     page = PAGE.read_text(encoding="utf-8")
     assert report.write(report.read_records(ROOT / "experiments"), page, tmp_path) == page, (

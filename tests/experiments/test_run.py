@@ -108,6 +108,72 @@ def test_a_pattern_must_match_a_run(tmp_path, monkeypatch, capsys):
     assert "--only must match a name, group/run-seed, of the files, got par/*." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("", "must map names to groups of runs, got None."),
+        ("a: [", "must be YAML, got "),
+        ("a: 3", "a: must be a group with runs, got 3."),
+        ("a: {recipe: demo}", "a: must be a group with runs, got {'recipe': 'demo'}."),
+        ("a: {runs: {x: {}}, option: {}}", "a: a group must have recipe, seeds, slots, options, evaluate, runs, "),
+        ("a: {recipe: demo, runs: {x: }}", "a/x: must map options to values, got None."),
+        ("a: {recipe: dem, runs: {x: {}}}", "got dem."),
+        ("a: {runs: {x: {}}}", "got None."),
+        ("a: {recipe: demo, seeds: 3, runs: {x: {}}}", "a: seeds must be a list, got 3."),
+        ("a: {recipe: demo, seeds: [one], runs: {x: {}}}", "each of seeds must be an integer, got 'one'."),
+        ("a: {recipe: demo, slots: 0, runs: {x: {}}}", "a: slots must be at least 1, got 0."),
+        ("a: {recipe: demo, evaluate: eval, runs: {x: {}}}", "a: evaluate must be a list, got eval."),
+        ("a: {recipe: demo, runs: {x: {optim.lr: {best_of: b/*}}}}", "an earlier run's name, group/run-seed, got b/*."),
+        ("a: {recipe: demo, seeds: [0, 0], runs: {x: {}}}", "must name one run, got a/x-0 twice."),
+    ],
+)
+def test_a_list_that_is_none(tmp_path, monkeypatch, capsys, plan, message):
+    """Refused in one line, before anything runs."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan)
+    monkeypatch.setattr(sys, "argv", ["run", str(path), "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match="2"):
+        running.main()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in told
+    assert message in told
+
+
+def test_what_failed_is_told(tmp_path, monkeypatch, capsys):
+    """At the end of every call; one that is tried again, and stopped, goes on without --again."""
+    for run in _read(tmp_path):
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        run.beside(".json").write_text(json.dumps({"status": "failed" if run.name == "pairs/b-0" else "finished"}))
+    folders = ["--runs", str(tmp_path / "runs"), "--records", str(tmp_path / "kept")]
+    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "plan.yaml"), *folders])
+    with pytest.raises(SystemExit, match="1"):
+        running.main()
+    assert capsys.readouterr().out.endswith("6 of 6 runs have ended, 1 of them failed, which --again continues\n")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--again", "--minutes", "0"])
+    running.main()
+    assert capsys.readouterr().out.endswith("5 of 6 runs have ended\n")
+    assert [run.name for run in _read(tmp_path) if run.status is None] == ["pairs/b-0"]
+
+
+def test_one_that_waits_for_a_failure_has_its_turn(tmp_path):
+    """Though nothing is running any more when that one is refused."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"{PLAN}last: {{recipe: demo, runs: {{g: {{optim.lr: {{best_of: alone/f*}}}}}}}}\n")
+    *others, first, last = read([path], tmp_path / "runs")
+    for run in others:
+        run.status = "failed"
+    running.work([*others, first, last], running.Machine(0, tmp_path / "records", None), minutes=1)
+    assert (first.status, last.status) == ("failed", "failed")
+
+
+def test_gpus_cannot_be_fewer_than_none(tmp_path, monkeypatch, capsys):
+    _read(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run", str(tmp_path / "plan.yaml"), "--gpus", "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        running.main()
+    assert "--gpus must be at least 0, got -1." in capsys.readouterr().err
+
+
 def test_interrupted(tmp_path, monkeypatch, capsys):
     """The sum of what has ended, and no traceback."""
 
@@ -122,10 +188,11 @@ def test_interrupted(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("0 of 6 runs have ended\n")
 
 
-def test_what_others_wait_for_must_be_there(tmp_path):
-    runs = _read(tmp_path)[3:4]
+def test_what_others_wait_for_must_be_there(tmp_path, capsys):
+    runs = _read(tmp_path)[4:5]
     running.work(runs, running.Machine(1, tmp_path / "records", None), minutes=1)
     assert runs[0].status is None
+    assert "alone/d-0 waits for pairs/a-0, pairs/b-0, pairs/c-0\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -149,10 +216,11 @@ def test_a_cut_changes_nothing(tmp_path, monkeypatch):
     assert process.returncode == 143
     assert not Path("kept").exists()
     assert len(list(Path("runs/tiny/a-0/checkpoints").iterdir())) == 1
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    # For c, of no steps, fails.
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 1
     # Once more there is nothing to do, but to record what there is.
     shutil.rmtree("kept")
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=60).returncode == 1
     status = {path.parent.name: json.loads(path.read_text())["status"] for path in Path("kept").glob("*/*/record.json")}
     assert status == {"a-0": "finished", "b-0": "finished", "c-0": "failed"}
 

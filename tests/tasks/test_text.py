@@ -272,7 +272,8 @@ def test_a_folder_of_tokens(songs, folder):
 @pytest.mark.parametrize("option", [{"vocabulary": "bytes"}, {"valid": "a.txt"}])
 def test_a_folder_of_tokens_has_its_own(folder, option):
     ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"text: {name} must be null where data is a folder of tokens, .* got {value}"):
+    rule, advice = f"text: {name} must be null where data is a folder of tokens", f"Give --task.{name} null."
+    with pytest.raises(ValueError, match=rf"{rule}, which has its own, got {value}\. {advice}"):
         _ = Text(str(folder), length=16, **option).vocab_size
 
 

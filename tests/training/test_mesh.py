@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from ssmscan import cli
+from ssmscan.models import SSMConfig, SSMForCausalLM
 from ssmscan.training import MeshConfig, RunError, TrainConfig, UsageError
 from ssmscan.training.config import to_yaml
-from ssmscan.training.mesh import joined_mesh
+from ssmscan.training.mesh import MeshRanks, joined_mesh
 from ssmscan.training.options import train_config, train_parser
 from ssmscan.training.ranks import Ranks, device_of, joined
 
@@ -36,6 +38,18 @@ def test_refusals(changes, environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message), joined(replace(CONFIG, **changes)):
         pass
+
+
+def test_a_model_that_cannot_be_shared(tmp_path):
+    """Wrong usage, told in a line, not a failure with its traceback."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        ranks = MeshRanks(torch.device("cpu"), init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)))
+        model = SSMForCausalLM(SSMConfig(vocab_size=5, hidden_size=8, mixers=["s4d"]))
+        with pytest.raises(UsageError, match=r'layers must be of GatedSSM, .* on a mesh with "tp", got S4D'):
+            ranks.arrange(model, torch.float32)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_more_processes_than_devices(monkeypatch):

@@ -107,7 +107,8 @@ def load(source: str, command: str) -> tuple[SSMForCausalLM, PreTrainedTokenizer
         if found is not None:
             what, advice = found
             raise ValueError(error(command, "model must be the folder of a whole model", f"{source}, {what}", advice))
-        raise ValueError(error(command, "model must have a tokenizer", f"{source}, whose tokens are no text"))
+        if (Path(source) / "config.json").is_file():
+            raise ValueError(error(command, "model must have a tokenizer", f"{source}, whose tokens are no text"))
     model = load_pretrained(source, device="cuda" if torch.cuda.is_available() else "cpu")
     return model, AutoTokenizer.from_pretrained(source)
 

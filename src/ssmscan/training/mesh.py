@@ -46,7 +46,10 @@ class MeshRanks(Ranks):
 
     def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
         narrow = None if products == torch.float32 else products
-        parallelize(model, self.mesh, param_dtype=narrow, reshard_after_forward=self.reshard)
+        try:
+            parallelize(model, self.mesh, param_dtype=narrow, reshard_after_forward=self.reshard)
+        except (TypeError, ValueError, NotImplementedError) as reason:
+            raise UsageError(str(reason)) from None
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:

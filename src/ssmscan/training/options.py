@@ -73,7 +73,7 @@ def _task_name(arguments: list[str]) -> str:
     known.add_argument("--task.name", dest="task")
     given = known.parse_known_args(arguments)[0]
     recipes = [_read_recipe(path) for path in given.config]
-    named = [recipe["task"]["name"] for recipe in recipes if "name" in (recipe.get("task") or {})]
+    named = [recipe["task"]["name"] for recipe in recipes if "name" in recipe.get("task", {})]
     name = given.task or (named[-1] if named else TrainConfig().task.name)
     if name not in TASKS:
         raise ValueError(error("train", f"task.name must be one of {', '.join(TASKS)}", name))
@@ -95,4 +95,8 @@ def _read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         got = "nothing" if options is None else repr(options)
         raise ValueError(error("train", "--config must hold options, as in steps: 100", f"{got} in {path}"))
+    for section in ("mesh", "model", "optim", "task"):
+        if not isinstance(options.get(section, {}), dict):
+            rule = f"--config must map the options of {section} to values"
+            raise ValueError(error("train", rule, f"{options[section]!r} in {path}"))
     return options

@@ -31,7 +31,11 @@ class Ranks:
         self.device = device
 
     def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
-        """The model as the processes share it, whose products are in a dtype by autocast; they drew the same one."""
+        """The model as the processes share it, whose products are in a dtype by autocast; they drew the same one.
+
+        Raises:
+            UsageError: a layer cannot be shared so.
+        """
         return model
 
     def whole(self, model: SSMForCausalLM) -> SSMForCausalLM | None:

@@ -119,7 +119,8 @@ class Text(Task):
         for name in ("vocabulary", "valid"):
             if getattr(self, name) is not None:
                 rule = f"{name} must be null where data is a folder of tokens, which has its own"
-                raise ValueError(error(self.name, rule, getattr(self, name)))
+                advice = f"Give --task.{name} null."
+                raise ValueError(error(self.name, rule, getattr(self, name), advice))
         self._check_same()
         return Corpus(Path(str(self.data)), self.verify)
 
