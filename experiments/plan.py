@@ -83,12 +83,11 @@ def read(paths: Sequence[Path], folder: Path) -> list[Run]:
                 options = {"recipe": about.get("recipe"), **about.get("options", {}), **own}
                 recipe = options.pop("recipe")
                 _require((RECIPES / f"{recipe}.yaml").is_file(), place, f"recipe must name a file of {RECIPES}", recipe)
-                waits_for = []
-                for pattern in filter(None, map(_pattern, options.values())):
-                    matching = [run for run in runs.values() if fnmatch(run.name, pattern)]
+                patterns = list(filter(None, map(_pattern, options.values())))
+                for pattern in patterns:
                     rule = "best_of must match an earlier run's name, group/run-seed"
-                    _require(bool(matching), place, rule, pattern)
-                    waits_for += matching
+                    _require(any(fnmatch(name, pattern) for name in runs), place, rule, pattern)
+                waits_for = [run for run in runs.values() if any(fnmatch(run.name, pattern) for pattern in patterns)]
                 for seed in about.get("seeds", [0]):
                     full = f"{group}/{name}-{seed}"
                     _require(full not in runs, place, "group/run-seed must name one run", f"{full} twice")
