@@ -41,6 +41,13 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of x before a product: float64 stays."""
+    if x.dtype is _WIDEST or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def check_tensors(function: str, required: Mapping[str, Tensor | None], **optional: Tensor | None) -> None:
     """Each of ``required``, and of ``optional`` what is not None, is a dense floating tensor, all on one device."""
     first = device = None

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssmscan.shapes import product_dtype
+
 
 @torch.compiler.disable
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -102,10 +104,3 @@ class _SpreadLinear(torch.autograd.Function):
         if wants_x:
             summing.wait()
         return dx, dweight, dbias, None
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of x before a product: float64 stays."""
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x.dtype
-    return torch.get_autocast_dtype(x.device.type)

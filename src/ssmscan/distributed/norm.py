@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.backend import choose
-from ssmscan.distributed.collectives import copy, product_dtype, total
+from ssmscan.distributed.collectives import copy, total
 from ssmscan.layers import GatedRMSNorm
 from ssmscan.ops.gated_rms_norm.autograd import Inputs, Options, gated_rms_norm
-from ssmscan.shapes import state_dtype
+from ssmscan.shapes import product_dtype, state_dtype
 
 
 class Undivided(NamedTuple):

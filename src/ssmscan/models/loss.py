@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmscan.backend import why_not
+from ssmscan.shapes import product_dtype
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -82,14 +83,9 @@ def linear_cross_entropy(
     weights = [weight for weight in head.parameters() if weight.requires_grad]
     learns = torch.is_grad_enabled() and (x.requires_grad or len(weights) > 0)
     rows = max(_CHUNK * vocabulary.ranks // v, 1)
-    if torch.float16 in (x.dtype, _product_dtype(x)):
+    if torch.float16 in (x.dtype, product_dtype(x)):
         rows = min(rows, _HALF_ROWS)
     return _Loss.apply(head, vocabulary, rows, learns, targets, x, *weights)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of x before a product."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 class _Loss(torch.autograd.Function):

@@ -104,11 +104,11 @@ def chunked_backward(
         cu_seqlens = cu_seqlens.cpu()
         check_cu_seqlens("chunked_backward", cu_seqlens, cu_seqlens.new_empty(()).expand(input_ids.shape))
     parts = list(_chunks(input_ids, shift_labels, chunk, cu_seqlens))
-    reader = _Reader(model, input_ids.shape[1], num_items_in_batch, stretch)
+    reader = _Reader(model, input_ids.shape[1], num_items_in_batch, stretch, before_backward)
     state = [tensor for layer in model.make_cache(input_ids.shape[0], reader.longest).layers for tensor in layer.state]
     # A backward runs without autocast; the reader turns it on again.
     with torch.autocast(input_ids.device.type, enabled=False):
-        return (_truncated if truncate else _exact)(reader, parts, state, scale, before_backward)
+        return (_truncated if truncate else _exact)(reader, parts, state, scale)
 
 
 def check_carries(model: SSMForCausalLM, packed: bool) -> None:
@@ -124,31 +124,19 @@ def _growing(model: SSMForCausalLM) -> list[bool]:
     return [-1 in kept.shape for block in model.backbone.blocks for kept in block.mixer.state_layout()]
 
 
-def _truncated(
-    reader: _Reader,
-    parts: list[_Chunk],
-    state: list[Tensor],
-    scale: float | Tensor,
-    before_backward: Callable[[bool], None],
-) -> Tensor:
+def _truncated(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: float | Tensor) -> Tensor:
     losses = []
     for part in parts:
         cache = reader.enter(part, state)
         loss = reader.loss(part, cache)
-        before_backward(part is parts[-1])
+        reader.before_backward(part is parts[-1])
         (loss * scale).backward()
         losses.append(loss.detach())
         state = _leave(part, cache)
     return torch.stack(losses).sum()
 
 
-def _exact(
-    reader: _Reader,
-    parts: list[_Chunk],
-    state: list[Tensor],
-    scale: float | Tensor,
-    before_backward: Callable[[bool], None],
-) -> Tensor:
+def _exact(reader: _Reader, parts: list[_Chunk], state: list[Tensor], scale: float | Tensor) -> Tensor:
     losses = []
     entering = reader.states(parts, state)
     gradients: list[Tensor | None] = [None] * len(state)
@@ -160,7 +148,7 @@ def _exact(
         ends = zip(_leave(part, cache), gradients, strict=True)
         pairs = [(after, gradient) for after, gradient in ends if gradient is not None and part.goes_on]
         roots, starts = [after for after, _ in pairs], [gradient for _, gradient in pairs]
-        before_backward(part is parts[0])
+        reader.before_backward(part is parts[0])
         torch.autograd.backward([loss * scale, *roots], [None, *starts])
         losses.append(loss.detach())
         gradients = [leaf.grad for leaf in leaves]
@@ -176,8 +164,10 @@ class _Reader:
         longest: int,
         items: int | Tensor,
         stretch: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        before_backward: Callable[[bool], None],
     ) -> None:
-        self.model, self.longest, self.items, self.stretch = model, longest, items, stretch
+        self.model, self.longest, self.items = model, longest, items
+        self.stretch, self.before_backward = stretch, before_backward
         device = model.device.type
         self.cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.growing = _growing(model)
