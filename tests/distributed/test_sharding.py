@@ -6,9 +6,8 @@ import mesh_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import start
+from ranks import Calls, start
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmscan.tasks import Batch
 from ssmscan.training import TrainConfig
@@ -19,17 +18,9 @@ from ssmscan.training.step import Step
 LAYERS = 3
 
 
-class Collectives(TorchDispatchMode):
-    """How often each was called meanwhile."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {"allgather": 0, "reduce_scatter": 0}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for name in self.calls:
-            self.calls[name] += function.namespace == "c10d" and name in str(function)
-        return function(*args, **(kwargs or {}))
+def _collectives(calls, name):
+    """How often one with such a name was called."""
+    return sum(n for function, n in calls.counts.items() if function.namespace == "c10d" and name in str(function))
 
 
 def _worker(rank, ranks, folder):
@@ -51,9 +42,9 @@ def _worker(rank, ranks, folder):
             step = Step(model, make_optimizer(model, config.optim), config, device, group)
             # The first step makes what later ones have.
             step(batch, 1e-3)
-            with torch.autograd.set_multithreading_enabled(False), Collectives() as collectives:
+            with torch.autograd.set_multithreading_enabled(False), Calls() as calls:
                 step(batch, 1e-3)
-            counted[setting] = collectives.calls
+            counted[setting] = {name: _collectives(calls, name) for name in ("allgather", "reduce_scatter")}
     torch.save(counted, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
