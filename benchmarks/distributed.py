@@ -38,7 +38,7 @@ from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 from ssmscan.distributed import context_parallel
 from ssmscan.models import SSMForCausalLM, preset
 from ssmscan.tasks import Batch
-from ssmscan.training import TrainConfig
+from ssmscan.training import MeshConfig, TrainConfig
 from ssmscan.training.clock import flops_per_token
 from ssmscan.training.mesh import MeshRanks
 from ssmscan.training.optim import make_optimizer
@@ -46,7 +46,7 @@ from ssmscan.training.ranks import Ranks
 from ssmscan.training.step import Step, product_dtype
 
 # What tells one row from another.
-KEY = ("experiment", "case", "gpus", "mesh", "batch", "length", "chunk", "checkpointing", "reshard")
+KEY = ("experiment", "case", "gpus", "mesh", "batch", "length", "chunk", "checkpointing", "weights", "graph")
 # A model that a CPU can try, in place of the named one.
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -165,6 +165,7 @@ def model(
         micro_batch_size=given.micro_batch,
         chunk=given.chunk,
         gradient_checkpointing=given.checkpointing,
+        cuda_graph=given.graph,
         precision="auto",
     )
     torch.manual_seed(0)
@@ -176,12 +177,20 @@ def model(
     ranks: Ranks = Ranks(device)
     if mesh:
         joined = init_device_mesh(device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
-        ranks = MeshRanks(device, joined, given.reshard)
+        ranks = MeshRanks(
+            device, joined, MeshConfig(shard=given.weights != "copies", reshard=given.weights == "shares")
+        )
     made = ranks.arrange(made, product_dtype(config.precision, device))
     update = Step(made, make_optimizer(made, config.optim), config, device, ranks)
     tokens = torch.randint(made.config.vocab_size, (given.batch, length + 1), generator=torch.manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    # A graph is recorded at the fourth call.
+    for _ in range(4 if given.graph else 0):
+        update(batch, 1e-5)
     row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * length)
+    if given.graph:
+        # What it sends nobody sees.
+        del row["collectives"], row["sent_bytes"]
     row["tflops_per_gpu"] = round(row["tokens_per_s"] * flops / dist.get_world_size() / 1e12, 1)
     return {**row, "parameters": parameters}
 
@@ -206,7 +215,13 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mesh", default="", help="of a model, as in dp=2,cp=2 (default: one process)")
     parser.add_argument("--chunk", type=int, help="of a sequence at once in all processes (tokens; default: all)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--no-reshard", dest="reshard", action="store_false", help="send weights and gradients once")
+    parser.add_argument(
+        "--weights",
+        choices=("shares", "gathered", "copies"),
+        default="shares",
+        help="each process keeps a share of them, the same and all of them for a step, or all (default: %(default)s)",
+    )
+    parser.add_argument("--graph", action="store_true", help="launch a step as one CUDA graph")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of <gpu>x<count>/distributed.json, whose row is replaced")
     parser.add_argument("--commit", help="commit to record; without it, git is asked")
@@ -231,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             sizes = sizes_of(given.mesh, dist.get_world_size())
             case = {"case": name, "mesh": given.mesh, "batch": given.batch, "length": length}
-            case |= {"chunk": given.chunk, "checkpointing": given.checkpointing, "reshard": given.reshard}
+            case |= {"chunk": given.chunk, "checkpointing": given.checkpointing}
+            case |= {"weights": given.weights, "graph": given.graph}
             row = model(name, length, sizes, given, device)
         record(given, case, row)
         gc.collect()

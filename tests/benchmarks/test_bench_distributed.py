@@ -21,7 +21,8 @@ CALLS = (
     "links",
     "scan ssd selective_scan --length 100 --per-rank 40",
     "model mamba2-130m --length 32 --chunk 16 --mesh cp=2",
-    "model mamba2-130m --length 16 --batch 2 --mesh dp=2 --checkpointing --no-reshard",
+    "model mamba2-130m --length 16 --batch 2 --mesh dp=2 --checkpointing --weights gathered",
+    "model mamba2-130m --length 16 --batch 2 --mesh dp=2 --weights copies",
     "model mamba2-130m --length 16 --batch 2 --mesh tp=2",
 )
 
@@ -63,6 +64,7 @@ def test_what_is_recorded(tmp_path):
         ("scan", "selective_scan", "cp=2", 100, 2),
         ("scan", "selective_scan", "cp=2", 80, 2),
         ("model", "mamba2-130m", "cp=2", 32, 2),
+        ("model", "mamba2-130m", "dp=2", 16, 2),
         ("model", "mamba2-130m", "dp=2", 16, 2),
         ("model", "mamba2-130m", "tp=2", 16, 2),
     ]

@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[2]
 SOURCE = {"commit": "abc", "torch": "2.11.0", "date": "2026-01-02T03:04:05+00:00"}
 LINKS = {
     "experiment": "links", "case": "", "gpus": 4, "mesh": None, "batch": None, "length": None, "chunk": None,
-    "checkpointing": None, "copy_gbps": 3006, "all_reduce_ms": 4.8, "all_reduce_gbps": 335.5,
-    "all_reduce_4k_ms": 0.021, **SOURCE,
+    "checkpointing": None, "weights": None, "graph": None, "copy_gbps": 3006, "all_reduce_ms": 4.8,
+    "all_reduce_gbps": 335.5, "all_reduce_4k_ms": 0.021, **SOURCE,
 }  # fmt: skip
 
 
 def _row(gpus, length, rate, **changes):
     return {
         "experiment": "scan", "case": "ssd", "gpus": gpus, "mesh": f"cp={gpus}", "batch": 1, "length": length,
-        "chunk": None, "checkpointing": None, "ms": 1e3 * length / rate, "tokens_per_s": rate, "collectives": 2,
-        "sent_bytes": 2_400_000, "peak_gib": 3.25, **SOURCE, **changes,
+        "chunk": None, "checkpointing": None, "weights": None, "graph": None, "ms": 1e3 * length / rate,
+        "tokens_per_s": rate, "collectives": 2, "sent_bytes": 2_400_000, "peak_gib": 3.25, **SOURCE, **changes,
     }  # fmt: skip
 
 
@@ -33,7 +33,8 @@ ROWS = [
     _row(1, 1048576, 8_000_000, mesh="", chunk=65536),
     _row(4, 1048576, 28_800_000),
     _row(4, 2048, 500_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, checkpointing=True),
-    _row(4, 2048, 600_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, reshard=False),
+    _row(4, 2048, 600_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, weights="gathered"),
+    _row(4, 2048, 700_000, experiment="model", case="mamba2-1.3b", mesh="dp=4", batch=32, weights="copies", graph=True),
 ]
 
 
@@ -53,7 +54,8 @@ def test_page():
     assert "| `ssd` | cp=4 | 4 | 256k |  | 7.3 ms | 36,000,000 | 0.90 (as many for each) | 3.2 GiB | 2.4 MB |" in lines
     assert "| `mamba2-1.3b`, checkpointing | dp=4 | 4 | 32 × 2k |  | 4.1 ms | 500,000 |  | 3.2 GiB | 2.4 MB |" in lines
     assert "| `mamba2-1.3b`, weights sent once | dp=4 | 4 | 32 × 2k |  | 3.4 ms |" in text
-    assert len(lines) == 2 + 8
+    assert "| `mamba2-1.3b`, whole weights, CUDA graph | dp=4 | 4 | 32 × 2k |  | 2.9 ms |" in text
+    assert len(lines) == 2 + 9
     assert "On 4 GPUs a copy within one moves 3,006 GB/s, an all-reduce of a gigabyte 335.5 GB/s" in text
     assert "one of 4 KiB takes 21 µs." in text
     assert "2026-01-02, commit abc, torch 2.11.0." in text

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ssmscan.distributed import full_state_dict, parallelize
+from ssmscan.distributed import full_state_dict, parallelize, sharding, sum_gradients
 from ssmscan.distributed.sequence import SplitContext
 from ssmscan.layers import S4D, Attention, GatedSSM, decay_groups
 
@@ -84,6 +84,7 @@ def _worker(rank, ranks, folder):
             _gathers_narrow,
             _has_the_weights_it_keeps,
             _averages,
+            _sums_in_buckets,
             _reads_a_prompt,
             _keeps_the_weights,
             _refuses_what_does_not_divide,
@@ -195,6 +196,25 @@ def _averages(meshes):
     wrapped(own, labels=own, return_logits=False).loss.backward()
     for expected, found in zip(alone.parameters(), model.parameters(), strict=True):
         assert torch.allclose(found.grad, expected.grad, rtol=1e-10, atol=1e-10)
+
+
+def _sums_in_buckets(meshes):
+    """Gradients of parameters that are whole: those of the batch, in whatever pieces and dtypes they are summed."""
+    tokens = torch.randint(0, 12, (4, cases.L), generator=torch.Generator().manual_seed(1))
+    alone = cases.build_model(cases.MIXERS)
+    alone.backbone.norm_f.float()
+    alone(tokens, labels=tokens).loss.backward()
+    own = tokens.tensor_split(2)[dist.get_rank()]
+    for size in (1, 50, 10**6):
+        model = parallelize(cases.build_model(cases.MIXERS), meshes["dp2"], shard=False)
+        model.backbone.norm_f.float()
+        model(own, labels=own).loss.backward()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "_BUCKET", size)
+            sum_gradients(model, meshes["dp2"])
+        for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
+            bound = 1e-6 if expected.dtype == torch.float32 else 1e-10
+            assert torch.allclose(found.grad, expected.grad, rtol=0, atol=bound), (size, name)
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ from ranks import Calls, start
 from torch.distributed.device_mesh import init_device_mesh
 
 from ssmscan.tasks import Batch
-from ssmscan.training import TrainConfig
+from ssmscan.training import MeshConfig, TrainConfig
 from ssmscan.training.mesh import MeshRanks
 from ssmscan.training.optim import make_optimizer
 from ssmscan.training.step import Step
 
 LAYERS = 3
+# How parameters are held, by a name.
+HELD = {"shares": {}, "kept": {"reshard": False}, "whole": {"shard": False}}
 
 
 def _collectives(calls, name):
@@ -33,18 +35,19 @@ def _worker(rank, ranks, folder):
     tokens = torch.randint(12, (4, 13), generator=torch.manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
     counted = {}
-    for reshard in (True, False):
+    for held, options in HELD.items():
         for micro, chunk in ((2, None), (1, None), (1, 6)):
-            setting = reshard, micro, chunk
+            setting = held, micro, chunk
             config = TrainConfig(batch_size=4, micro_batch_size=micro, chunk=chunk, precision="bfloat16", device="cpu")
-            group = MeshRanks(device, mesh, reshard)
+            group = MeshRanks(device, mesh, MeshConfig(**options))
             model = group.arrange(cases.build_model(["mamba2"] * LAYERS, torch.float32), torch.bfloat16)
             step = Step(model, make_optimizer(model, config.optim), config, device, group)
             # The first step makes what later ones have.
             step(batch, 1e-3)
             with torch.autograd.set_multithreading_enabled(False), Calls() as calls:
                 step(batch, 1e-3)
-            counted[setting] = {name: _collectives(calls, name) for name in ("allgather", "reduce_scatter")}
+            names = ("allgather", "reduce_scatter", "allreduce")
+            counted[setting] = {name: _collectives(calls, name) for name in names}
     torch.save(counted, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -56,15 +59,25 @@ def counted(tmp_path_factory):
     return torch.load(folder / "0.pt")
 
 
-@pytest.mark.parametrize(("micro", "chunk"), [(2, None), (1, None), (1, 6)])
-def test_without_resharding_all_travels_once_a_step(counted, micro, chunk):
-    """The weights of each block and of the rest, and their gradients."""
-    assert counted[False, micro, chunk] == {"allgather": LAYERS + 1, "reduce_scatter": LAYERS + 1}
+# Micro-batches and chunks, and how many forwards with a loss they are; each loss is summed over the ranks.
+PARTS = [(2, None, 1), (1, None, 2), (1, 6, 4)]
+
+
+@pytest.mark.parametrize(("micro", "chunk", "losses"), PARTS)
+def test_without_resharding_all_travels_once_a_step(counted, micro, chunk, losses):
+    """The weights of each block and of the rest, and their gradients, whose norm is summed."""
+    once = {"allgather": LAYERS + 1, "reduce_scatter": LAYERS + 1}
+    assert counted["kept", micro, chunk] == once | {"allreduce": losses + 1}
+
+
+@pytest.mark.parametrize(("micro", "chunk", "losses"), PARTS)
+def test_without_shards_gradients_alone_travel_once_a_step(counted, micro, chunk, losses):
+    assert counted["whole", micro, chunk] == {"allgather": 0, "reduce_scatter": 0, "allreduce": losses + 1}
 
 
 @pytest.mark.parametrize(("micro", "chunk", "passes", "backwards"), [(2, None, 2, 1), (1, None, 4, 2), (1, 6, 10, 4)])
 def test_with_resharding_all_travels_for_every_pass(counted, micro, chunk, passes, backwards):
     """Forward and backward; the rest is given up after a backward only."""
-    found = counted[True, micro, chunk]
+    found = counted["shares", micro, chunk]
     assert found["reduce_scatter"] == backwards * (LAYERS + 1)
     assert found["allgather"] == passes * LAYERS + backwards

@@ -40,6 +40,25 @@ def test_refusals(changes, environment, message, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            MeshConfig(),
+            r"where weights are sharded, got true\. Use --mesh\.shard false, where .*, or --cuda_graph false",
+        ),
+        (MeshConfig(cp=2, shard=False), r"where sequences are split \(cp\), got true"),
+    ],
+)
+def test_what_is_not_recorded(mesh, message):
+    config = replace(CONFIG, cuda_graph=True, mesh=mesh)
+    with (
+        pytest.raises(UsageError, match=f"train: cuda_graph must be false {message}"),
+        joined_mesh(config, mesh.sizes(2), torch.device("cuda")),
+    ):
+        pass
+
+
 def test_a_model_that_cannot_be_shared(tmp_path):
     """Wrong usage, told in a line, not a failure with its traceback."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

@@ -63,22 +63,28 @@ def _runs(folder):
                 MeshConfig(dp=2),
             ),
             "micro held": (replace(COPY, micro_batch_size=1), MeshConfig(dp=2, reshard=False)),
+            "micro whole": (replace(COPY, micro_batch_size=1), MeshConfig(dp=2, shard=False)),
             "chunk": (replace(COPY, chunk=4), MeshConfig(dp=2)),
             "cp": (COPY, MeshConfig(cp=2)),
             "packed cp": (replace(COPY, task=_text(folder), model=SCANS), MeshConfig(cp=2)),
             "chunk cp": (replace(COPY, chunk=4), MeshConfig(cp=2)),
             "chunk cp held": (replace(COPY, chunk=4), MeshConfig(cp=2, reshard=False)),
+            "chunk cp whole": (replace(COPY, chunk=4), MeshConfig(cp=2, shard=False)),
             "packed chunk cp": (replace(COPY, task=_text(folder), chunk=17, model=SCANS), MeshConfig(cp=2)),
             "tp": (COPY, MeshConfig(tp=2)),
             "chunk tp": (replace(COPY, chunk=4), MeshConfig(tp=2)),
             "float32": (COPY, MeshConfig(dp=2)),
             "bfloat16": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2)),
             "bfloat16 held": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2, reshard=False)),
+            "bfloat16 whole": (replace(COPY, chunk=4, precision="bfloat16"), MeshConfig(dp=2, shard=False)),
             "one and two": (COPY, MeshConfig()),
         },
         4: {
             "two and four": (COPY, MeshConfig(cp=2)),
             "one and tp": (COPY, MeshConfig(tp=2)),
+            "whole and tp": (COPY, MeshConfig(tp=2, shard=False)),
+            "whole and cp": (COPY, MeshConfig(cp=2, shard=False)),
+            "whole and shares": (COPY, MeshConfig()),
         },
     }
 
@@ -86,7 +92,7 @@ def _runs(folder):
 @contextmanager
 def _precision(name):
     """The dtype of weights that are made meanwhile."""
-    torch.set_default_dtype(torch.float32 if name in ("float32", "bfloat16", "bfloat16 held") else torch.float64)
+    torch.set_default_dtype(torch.float32 if name == "float32" or name.startswith("bfloat16") else torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
@@ -167,9 +173,13 @@ def ran(tmp_path_factory):
         _run_all(2, folder)
         _back(folder, "dp", "two and four", 10)
         _back(folder, "whole dp", "one and tp", 10)
+        for name in ("whole and tp", "whole and cp", "whole and shares"):
+            _back(folder, "micro whole", name, 10)
         _run_all(4, folder)
         _back(folder, "two and four", "four and one", 15)
         _train("four and one", COPY, folder)
+        _back(folder, "whole and tp", "whole and one", 15)
+        _train("whole and one", COPY, folder)
         _back(folder, "one and tp", "tp and one", 15)
         _train("tp and one", COPY, folder)
     return folder
@@ -187,11 +197,13 @@ def _log(folder):
         ("dp", "dp"),
         ("micro", "dp"),
         ("micro held", "dp"),
+        ("micro whole", "dp"),
         ("chunk", "dp"),
         ("cp", "dp"),
         ("packed cp", "packed cp"),
         ("chunk cp", "dp"),
         ("chunk cp held", "dp"),
+        ("chunk cp whole", "dp"),
         ("packed chunk cp", "packed cp"),
         ("tp", "dp"),
         ("chunk tp", "dp"),
@@ -201,6 +213,10 @@ def _log(folder):
         ("one and two", "dp"),
         ("two and four", "dp"),
         ("four and one", "dp"),
+        ("whole and tp", "dp"),
+        ("whole and cp", "dp"),
+        ("whole and shares", "dp"),
+        ("whole and one", "dp"),
     ],
 )
 def test_a_run_is_that_of_one_process(ran, name, one):
@@ -218,9 +234,9 @@ def test_a_run_is_that_of_one_process(ran, name, one):
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 held"])
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 held", "bfloat16 whole"])
 def test_a_run_in_bfloat16(ran, name):
-    """Weights that are gathered in bfloat16, and are float32."""
+    """Weights that are read, or gathered, in bfloat16, and are float32."""
     found, expected = (load_file(ran / folder / "model.safetensors") for folder in (name, "whole float32"))
     assert {weight.dtype for weight in found.values()} == {torch.float32}
     far = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
@@ -367,3 +383,26 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left") as raised:
         shards.save(tmp_path / "shards", SimpleNamespace(named={}))
     assert raised.value.filename == str(tmp_path / "shards")
+
+
+def _recorded(folder, port):
+    """Runs on GPUs, each in a group of its own, which ends with it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = replace(COPY, device="cuda", precision="float32", micro_batch_size=1, eval_tokens=24)
+    for name, graph, mesh in (
+        ("as it is", False, MeshConfig()),
+        ("dp", True, MeshConfig(shard=False)),
+        ("tp", True, MeshConfig(dp=1, tp=int(os.environ["WORLD_SIZE"]))),
+    ):
+        train(replace(config, out=str(folder / name), cuda_graph=graph, mesh=mesh))
+
+
+@pytest.mark.gpu
+def test_recorded_runs(tmp_path):
+    """Steps launched as one graph, with all that goes between the processes: two, or as many as there are GPUs."""
+    ranks = min(torch.cuda.device_count(), 2)
+    ended, told = _start(ranks, tmp_path, _recorded, _free_port())
+    assert ended == [0] * ranks, told
+    expected = [line["loss"] for line in _log(tmp_path / "as it is")]
+    for name in ("dp", "tp"):
+        assert [line["loss"] for line in _log(tmp_path / name)] == pytest.approx(expected, rel=1e-3)

@@ -101,12 +101,17 @@ def _line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         f"{row['tokens_per_s']:,}",
         "" if found is None else f"{found[0]:.2f} (as many for {found[1]})",
         "" if memory is None else f"{memory:.1f} GiB",
-        f"{row['sent_bytes'] / 1e6:,.1f} MB" if row["gpus"] > 1 else "",
+        f"{row['sent_bytes'] / 1e6:,.1f} MB" if row["gpus"] > 1 and "sent_bytes" in row else "",
     )
 
 
 def _settings(row: Row) -> list[str]:
-    told = {"checkpointing": row["checkpointing"] is True, "weights sent once": row.get("reshard") is False}
+    told = {
+        "checkpointing": row["checkpointing"] is True,
+        "weights sent once": row["weights"] == "gathered",
+        "whole weights": row["weights"] == "copies",
+        "CUDA graph": row["graph"] is True,
+    }
     return [name for name, holds in told.items() if holds]
 
 

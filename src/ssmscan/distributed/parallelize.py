@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ssmscan.distributed.loss import SeveralHolders
 from ssmscan.distributed.sequence import SplitContext
-from ssmscan.distributed.sharding import dtype_of, shard
+from ssmscan.distributed.sharding import dtype_of, holders_of, shard_parameters
 from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
 from ssmscan.shapes import error
@@ -17,7 +17,12 @@ DIMENSIONS = ("dp", "cp", "tp")
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None, reshard_after_forward: bool = True
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    shard: bool = True,
+    param_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
 ) -> nn.Module:
     """Arrange a model on a mesh of processes, in place: each keeps a part of it, and computes a part of each batch.
 
@@ -31,20 +36,27 @@ def parallelize(
 
     The parameters are sharded over the ranks of "dp" and "cp", block by block (FSDP2), and their gradients are those
     of the sum of what these ranks called ``backward`` on. The loss of an :class:`ssmscan.models.SSMForCausalLM` is
-    that of the whole batch, the same on every rank, and its gradient on each the rank's share.
+    that of the whole batch, the same on every rank, and its gradient on each the rank's share. A model that is not
+    sharded gets that sum from :func:`sum_gradients`.
 
     Args:
         model: an ``SSMForCausalLM`` or ``SSMModel``, or any module of mixers and blocks of :mod:`ssmscan.layers`. On
             every rank the same, on the device of the mesh. Load a checkpoint before, make the optimizer after.
         mesh: its dimensions are named "dp", "cp" and "tp", or some of these, in this order.
-        param_dtype: in which the blocks' matrices are gathered over "dp" and "cp", such as bfloat16, under
-            ``torch.autocast`` with it. Parameters and gradients stay what they are, and so do modules with a parameter
-            that is to stay wide: rates of decay, D, biases of step sizes, norms. Default None: in their own dtype.
-        reshard_after_forward: whether a block gives up the weights that it gathered over "dp" and "cp" as soon as its
-            forward is done, and gathers them again in the backward. Default True, which needs the least memory.
+        shard: whether the ranks of "dp" and "cp" share the parameters, and with them gradients and optimizer. If not,
+            each has them whole, and nothing but activations goes between the ranks before :func:`sum_gradients`.
+            Default True, which needs the least memory.
+        param_dtype: with ``shard``, in which the blocks' matrices are gathered over "dp" and "cp", such as bfloat16,
+            under ``torch.autocast`` with it. Parameters and gradients stay what they are, and so do modules with a
+            parameter that is to stay wide: rates of decay, D, biases of step sizes, norms. Default None: in their own
+            dtype.
+        reshard_after_forward: with ``shard``, whether a block gives up the weights that it gathered over "dp" and "cp"
+            as soon as its forward is done, and gathers them again in the backward. Default True, which needs the least
+            memory.
 
     Returns:
-        the model itself, whose parameters now are DTensors. :func:`full_state_dict` puts them together again.
+        the model itself, whose parameters, where they are shared, now are DTensors. :func:`full_state_dict` puts them
+        together again.
 
     Where the sequence is split a forward takes this rank's stretch of everything with a time axis, and ``cu_seqlens``
     of the whole sequence. Give ``shift_labels`` in place of ``labels``, for the last token's next one is another
@@ -53,7 +65,7 @@ def parallelize(
 
     Raises:
         ValueError: a mesh without names, or with others; heads or channels that the ranks of "tp" cannot share.
-        TypeError: parameters of several dtypes over "dp" or "cp".
+        TypeError: parameters of several dtypes to shard.
         NotImplementedError: a mixer that has no form for "tp".
 
     Where one of these is raised, the model is as it was.
@@ -79,9 +91,9 @@ def parallelize(
     if not names or list(names) != [name for name in DIMENSIONS if name in names]:
         rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
         raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
-    data = tuple(name for name in names if name != "tp")
+    holders = holders_of(mesh)
     # All that can be refused is refused before the first change.
-    if data:
+    if holders is not None and shard:
         dtype_of(model)
     if "tp" in names:
         split(_without_memory(model), mesh["tp"])
@@ -91,12 +103,12 @@ def parallelize(
         for module in model.modules():
             if isinstance(getattr(module, "context", None), Context):
                 module.context = context  # type: ignore[assignment]
-    if data:
-        holders = mesh[data] if len(data) == 1 else mesh[data]._flatten()
-        if "tp" in names:
-            # A sum over both in one collective, whose bits all ranks agree on: that of a clipped gradient's norm.
-            mesh._flatten()
-        shard(model, holders, param_dtype, reshard_after_forward)
+    if holders is not None:
+        if shard:
+            if "tp" in names:
+                # A sum over both in one collective, whose bits all ranks agree on: that of a clipped gradient's norm.
+                mesh._flatten()
+            shard_parameters(model, holders, param_dtype, reshard_after_forward)
         if hasattr(model, "holders"):
             model.holders = SeveralHolders(holders.get_group())  # type: ignore[assignment]
     return model

@@ -1,19 +1,24 @@
-"""Parameters sharded over processes, block by block, by FSDP2."""
+"""Parameters sharded over processes, block by block, by FSDP2; and the sums of gradients where they are not."""
 
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ssmscan.layers import Block
 from ssmscan.layers.mixer import Mixer
 from ssmscan.shapes import error
 
+# Numbers that are summed at once: a quarter of a gigabyte in float32.
+_BUCKET = 2**26
 
-def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard: bool) -> None:
+
+def shard_parameters(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard: bool) -> None:
     """Shard the parameters of ``model`` over ``mesh``: those of a block together, and the rest together.
 
     Gradients are summed over the ranks, not averaged. With a ``param_dtype`` the blocks' matrices are gathered in it;
@@ -36,7 +41,62 @@ def shard(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, r
     _shard(model, mesh, MixedPrecisionPolicy(), None)
 
 
-def sum_gradients(model: nn.Module, now: bool) -> None:
+def holders_of(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The ranks with tokens of their own, those of "dp" and "cp" together; None where there are none."""
+    data = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+    if len(data) < 2:
+        return mesh[data] if data else None
+    return mesh[data]._flatten()
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Sum the gradients of a model whose parameters are not sharded over the ranks of "dp" and "cp", in place.
+
+    Args:
+        model: of ``parallelize(model, mesh, shard=False)``, after the last backward of a step; on every rank the same
+            parameters have a gradient.
+        mesh: the same.
+
+    Example, of one process; under torchrun the group is there already:
+        >>> import tempfile, torch
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from ssmscan.distributed import parallelize, sum_gradients
+        >>> from ssmscan.layers import GatedSSM
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+        ...     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+        ...     layer = parallelize(GatedSSM(4), mesh, shard=False)
+        ...     layer(torch.randn(2, 5, 4)).sum().backward()
+        ...     sum_gradients(layer, mesh)
+        ...     dist.destroy_process_group()
+    """
+    holders = holders_of(mesh)
+    if holders is None:
+        return
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for bucket in _buckets([g.to_local() if isinstance(g, DTensor) else g for g in gradients]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat, group=holders.get_group())
+        parts = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(to) for part, to in zip(parts, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, so many as are summed at once."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        full = sum(other.numel() for other in bucket) + tensor.numel() > _BUCKET
+        if bucket and (full or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def synchronise(model: nn.Module, now: bool) -> None:
     """Whether the backwards to come sum gradients over the ranks, and give up the weights that they gathered."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)

@@ -93,18 +93,21 @@ class MeshConfig:
     """How the processes that torchrun starts share a run, dp · cp · tp of them.
 
     Args:
-        dp: each has sequences of its own, and a share of the weights; null is all processes that the others leave.
+        dp: each has sequences of its own; null is all processes that the others leave.
         cp: each has a stretch of the same sequences.
         tp: each has a part of every layer.
-        reshard: whether a process gives up the weights of others as soon as a layer is done with them, and sums
-            gradients after every backward. If not, both travel once a step, however many micro-batches and chunks it
-            has, for which each process holds all of them meanwhile: 6 bytes a parameter under bfloat16.
+        shard: whether those of dp and cp have a share each of weights, gradients and AdamW's moments. If not, each has
+            all, 16 bytes a parameter, and gradients are summed once a step.
+        reshard: whether with shard a process gives up the weights of others as soon as a layer is done with them, and
+            sums gradients after every backward. If not, both travel once a step, however many micro-batches and chunks
+            it has, for which each process holds all of them meanwhile: 6 bytes a parameter under bfloat16.
         timeout: a process that does not answer for so long is given up, and the run ends (seconds).
     """
 
     dp: int | None = None
     cp: int = 1
     tp: int = 1
+    shard: bool = True
     reshard: bool = True
     timeout: float = 600.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 
 from ssmscan.distributed import full_state_dict, parallelize
-from ssmscan.distributed.sharding import sum_gradients
+from ssmscan.distributed.sharding import sum_gradients, synchronise
 from ssmscan.models import SSMForCausalLM
 from ssmscan.shapes import error
 from ssmscan.tasks import Batch, Measure
-from ssmscan.training.config import TrainConfig
+from ssmscan.training.config import MeshConfig, TrainConfig
 from ssmscan.training.errors import RunError, UsageError
 from ssmscan.training.ranks import Ranks
 
@@ -30,11 +31,14 @@ _GONE = re.compile(r"closed|reset|refused|broken pipe|0 bytes|process exited", r
 
 
 class MeshRanks(Ranks):
-    """One of the processes of a mesh with the dimensions dp, cp and tp, those of one rank left out."""
+    """One of the processes of a mesh with the dimensions dp, cp and tp, those of one rank left out.
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh, reshard: bool = True) -> None:
+    Of ``config`` it takes how the parameters are held.
+    """
+
+    def __init__(self, device: torch.device, mesh: DeviceMesh, config: MeshConfig | None = None) -> None:
         super().__init__(device)
-        self.mesh, self.reshard = mesh, reshard
+        self.mesh, self.config = mesh, config or MeshConfig()
         self.count = mesh.size()
         self.first = dist.get_rank() == 0
 
@@ -47,7 +51,13 @@ class MeshRanks(Ranks):
     def arrange(self, model: SSMForCausalLM, products: torch.dtype) -> SSMForCausalLM:
         narrow = None if products == torch.float32 else products
         try:
-            parallelize(model, self.mesh, param_dtype=narrow, reshard_after_forward=self.reshard)
+            parallelize(
+                model,
+                self.mesh,
+                shard=self.config.shard,
+                param_dtype=narrow,
+                reshard_after_forward=self.config.reshard,
+            )
         except (TypeError, ValueError, NotImplementedError) as reason:
             raise UsageError(str(reason)) from None
         return model
@@ -73,23 +83,28 @@ class MeshRanks(Ranks):
         # The bounds of packed sequences are those in the whole.
         return {name: tensor if name == "cu_seqlens" else tensor[:, own] for name, tensor in inputs.items()}
 
-    def sum_gradients(self, model: SSMForCausalLM, last: bool) -> None:
-        if not self.reshard:
-            sum_gradients(model, last)
+    def before_backward(self, model: SSMForCausalLM, last: bool) -> None:
+        if not self.config.reshard:
+            synchronise(model, last)
+
+    def after_backwards(self, model: SSMForCausalLM) -> None:
+        if not self.config.shard:
+            sum_gradients(model, self.mesh)
 
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
         # By what each process has of them, for an operation on a DTensor costs the host as much as many launches.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        kept: dict[tuple[DeviceMesh, tuple[Placement, ...]], list[Tensor]] = {}
+        kept: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
         for gradient in gradients:
-            assert isinstance(gradient, DTensor)
-            kept.setdefault((gradient.device_mesh, gradient.placements), []).append(gradient.to_local())
+            if isinstance(gradient, DTensor):
+                kept.setdefault(_sharing(gradient), []).append(gradient.to_local())
+            else:
+                kept.setdefault((), []).append(gradient)
         squares = []
-        for (mesh, placements), own in kept.items():
+        for groups, own in kept.items():
             part = nn.utils.get_total_norm(own).square()
-            for dimension, placement in enumerate(placements):
-                if not placement.is_replicate():
-                    dist.all_reduce(part, group=mesh.get_group(dimension))
+            for group in groups:
+                dist.all_reduce(part, group=group)
             squares.append(part)
         norm = torch.stack(squares).sum().sqrt()
         scale = (longest / (norm + 1e-6)).clamp(max=1.0)
@@ -117,6 +132,12 @@ class MeshRanks(Ranks):
         self.told(0)
 
 
+def _sharing(tensor: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """The processes that have other parts of ``tensor`` than this one, along each dimension of its mesh."""
+    placed = enumerate(tensor.placements)
+    return tuple(tensor.device_mesh.get_group(i) for i, placement in placed if not placement.is_replicate())
+
+
 @contextmanager
 def joined_mesh(config: TrainConfig, sizes: dict[str, int], device: torch.device) -> Iterator[MeshRanks]:
     """The processes that torchrun started, as a mesh of so many ranks along each dimension."""
@@ -131,7 +152,7 @@ def joined_mesh(config: TrainConfig, sizes: dict[str, int], device: torch.device
             dist.init_process_group(backend, timeout=timedelta(seconds=config.mesh.timeout))
         used = {name: size for name, size in sizes.items() if size > 1}
         mesh = init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
-        yield MeshRanks(device, mesh, config.mesh.reshard)
+        yield MeshRanks(device, mesh, config.mesh)
     except RuntimeError as failure:
         lost = None if isinstance(failure, RunError) else _lost(failure, config.mesh.timeout)
         if lost is None:
@@ -140,6 +161,8 @@ def joined_mesh(config: TrainConfig, sizes: dict[str, int], device: torch.device
         raise RunError(error("train", "all processes must go on", lost, advice)) from failure
     # Not after a failure, for a group waits for all.
     if not begun:
+        # Recorded steps hold what the group is to give up.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -164,5 +187,8 @@ def _check(config: TrainConfig, sizes: dict[str, int]) -> None:
     if config.precision == "float16":
         advice = "Use --precision bfloat16."
         raise UsageError(error("train", "precision must not be float16 on several processes", "float16", advice))
-    if config.cuda_graph:
-        raise UsageError(error("train", "cuda_graph must be false on several processes", "true"))
+    if config.cuda_graph and sizes["cp"] > 1:
+        raise UsageError(error("train", "cuda_graph must be false where sequences are split (cp)", "true"))
+    if config.cuda_graph and sizes["dp"] > 1 and config.mesh.shard:
+        advice = "Use --mesh.shard false, where a process has the memory for all weights, or --cuda_graph false."
+        raise UsageError(error("train", "cuda_graph must be false where weights are sharded", "true", advice))

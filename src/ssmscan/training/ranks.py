@@ -54,8 +54,11 @@ class Ranks:
         """The arguments of the model for this process's stretch of their sequences."""
         return inputs
 
-    def sum_gradients(self, model: SSMForCausalLM, last: bool) -> None:
+    def before_backward(self, model: SSMForCausalLM, last: bool) -> None:
         """Be told before a backward whether it is the ``last`` of a step."""
+
+    def after_backwards(self, model: SSMForCausalLM) -> None:
+        """Make the gradients those of all processes, where the backwards have not."""
 
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
         """Scale a gradient of a greater norm than ``longest`` down to that; the norm before, the same everywhere."""

@@ -95,6 +95,7 @@ class Step:
         scale = self.scaler.scale(self.one)
         for inputs in parts:
             loss += self._backward(inputs, answers, scale, last=inputs is parts[-1])
+        self.ranks.after_backwards(self.model)
         self.scaler.unscale_(self.optimizer)
         norm = self.ranks.clip(list(self.named.values()), self.config.optim.clip)
         infinite = ~norm.isfinite()
@@ -110,7 +111,7 @@ class Step:
         config = self.config
 
         def before_backward(last_chunk: bool) -> None:
-            self.ranks.sum_gradients(self.model, last and last_chunk)
+            self.ranks.before_backward(self.model, last and last_chunk)
 
         with autocast(config.precision, self.device):
             if config.chunk is not None:
