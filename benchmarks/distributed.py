@@ -189,8 +189,8 @@ def model(
         update(batch, 1e-5)
     row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * length)
     if given.graph:
-        # What it sends nobody sees.
-        del row["collectives"], row["sent_bytes"]
+        # Nobody sees what it sends, nor the memory that it has.
+        row = {name: value for name, value in row.items() if name not in ("collectives", "sent_bytes", "peak_gib")}
     row["tflops_per_gpu"] = round(row["tokens_per_s"] * flops / dist.get_world_size() / 1e12, 1)
     return {**row, "parameters": parameters}
 

@@ -29,7 +29,11 @@ CONFIG = TrainConfig(batch_size=4, device="cpu", mesh=MeshConfig(timeout=20.0))
         ),
         ({"mesh": MeshConfig(cp=3)}, {"WORLD_SIZE": "4"}, "the 4 processes that were started, got 1 · 3 · 1"),
         ({"batch_size": 3}, {"WORLD_SIZE": "2"}, "batch_size must be a multiple of dp = 2, got 3"),
-        ({"micro_batch_size": 4}, {"WORLD_SIZE": "2"}, "micro_batch_size must divide batch_size / dp = 2, got 4"),
+        (
+            {"batch_size": 12, "micro_batch_size": 4},
+            {"WORLD_SIZE": "2"},
+            "micro_batch_size must divide batch_size / dp = 6, got 4",
+        ),
         ({"precision": "float16"}, {"WORLD_SIZE": "2"}, "precision must not be float16 on several processes"),
     ],
 )

@@ -64,7 +64,8 @@ def _runs(folder):
             ),
             "micro held": (replace(COPY, micro_batch_size=1), MeshConfig(dp=2, reshard=False)),
             "micro whole": (replace(COPY, micro_batch_size=1), MeshConfig(dp=2, shard=False)),
-            "chunk": (replace(COPY, chunk=4), MeshConfig(dp=2)),
+            # More at once than a process has.
+            "chunk": (replace(COPY, chunk=4, micro_batch_size=4), MeshConfig(dp=2)),
             "cp": (COPY, MeshConfig(cp=2)),
             "packed cp": (replace(COPY, task=_text(folder), model=SCANS), MeshConfig(cp=2)),
             "chunk cp": (replace(COPY, chunk=4), MeshConfig(cp=2)),
@@ -385,24 +386,28 @@ def test_what_fails_in_a_process_is_raised_in_all(tmp_path, monkeypatch):
     assert raised.value.filename == str(tmp_path / "shards")
 
 
-def _recorded(folder, port):
-    """Runs on GPUs, each in a group of its own, which ends with it."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    config = replace(COPY, device="cuda", precision="float32", micro_batch_size=1, eval_tokens=24)
-    for name, graph, mesh in (
-        ("as it is", False, MeshConfig()),
-        ("dp", True, MeshConfig(shard=False)),
-        ("tp", True, MeshConfig(dp=1, tp=int(os.environ["WORLD_SIZE"]))),
-    ):
+def _recorded(folder, ports, device):
+    """Runs in groups of their own, which end with them."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    config = replace(COPY, device=device, precision="float32", micro_batch_size=1, eval_tokens=24)
+    meshes = {
+        "shares": MeshConfig(),
+        "whole": MeshConfig(shard=False),
+        "tp": MeshConfig(tp=int(os.environ["WORLD_SIZE"])),
+    }
+    for port, (name, mesh) in zip(ports, meshes.items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        graph = device == "cuda" and name != "shares"
         train(replace(config, out=str(folder / name), cuda_graph=graph, mesh=mesh))
 
 
-@pytest.mark.gpu
-def test_recorded_runs(tmp_path):
-    """Steps launched as one graph, with all that goes between the processes: two, or as many as there are GPUs."""
-    ranks = min(torch.cuda.device_count(), 2)
-    ended, told = _start(ranks, tmp_path, _recorded, _free_port())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_runs_in_groups_of_their_own(tmp_path, device):
+    """On GPUs, two or as many as there are, a step is launched as one graph, with all that goes between them."""
+    ranks = 2 if device == "cpu" else min(torch.cuda.device_count(), 2)
+    ended, told = _start(ranks, tmp_path, _recorded, [_free_port() for _ in range(3)], device)
     assert ended == [0] * ranks, told
-    expected = [line["loss"] for line in _log(tmp_path / "as it is")]
-    for name in ("dp", "tp"):
-        assert [line["loss"] for line in _log(tmp_path / name)] == pytest.approx(expected, rel=1e-3)
+    expected = [line["loss"] for line in _log(tmp_path / "shares")]
+    bound = 1e-5 if device == "cpu" else 1e-3
+    for name in ("whole", "tp"):
+        assert [line["loss"] for line in _log(tmp_path / name)] == pytest.approx(expected, rel=bound)

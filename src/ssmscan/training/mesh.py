@@ -181,7 +181,7 @@ def _check(config: TrainConfig, sizes: dict[str, int]) -> None:
     share, rest = divmod(config.batch_size, sizes["dp"])
     if rest:
         raise UsageError(error("train", f"batch_size must be a multiple of dp = {sizes['dp']}", config.batch_size))
-    if config.micro_batch_size is not None and share % config.micro_batch_size:
+    if config.micro_batch_size is not None and share % min(config.micro_batch_size, share):
         rule = f"micro_batch_size must divide batch_size / dp = {share}"
         raise UsageError(error("train", rule, config.micro_batch_size))
     if config.precision == "float16":
