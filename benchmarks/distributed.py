@@ -28,13 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ssmscan import selective_scan, ssd
 from ssmscan.bench.measure import COPY_BYTES, copy_gbps
 from ssmscan.bench.models.timing import settle
 from ssmscan.bench.result import commit, machine, now, replace_rows, versions
+from ssmscan.bench.sent import Sent
 from ssmscan.distributed import context_parallel
 from ssmscan.models import SSMForCausalLM, preset
 from ssmscan.tasks import Batch
@@ -54,25 +53,6 @@ TINY: dict[str, Any] = {
     "mixers": ["mamba2"] * 2,
     "mixer_options": {"mamba2": {"headdim": 16}},
 }
-
-
-class Sent(TorchDispatchMode):
-    """Counts the collectives that are called meanwhile, and the bytes that this process gives to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in function.__name__:
-            # Those of c10d have their results before what they are given, where these are others.
-            behind = function.namespace == "c10d" and (
-                "allgather" in str(function) or "reduce_scatter" in str(function)
-            )
-            given = args[1] if behind else args[0]
-            self.calls += 1
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
-        return function(*args, **(kwargs or {}))
 
 
 def slowest_ms(step: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -152,7 +132,7 @@ def measured(step: Callable[[], object], repeats: int, device: torch.device, tok
     with torch.autograd.set_multithreading_enabled(False), Sent() as sent:
         step()
     row = {"ms": round(ms, 3), "tokens_per_s": round(tokens / ms * 1e3)}
-    row |= {"collectives": sent.calls, "sent_bytes": sent.bytes}
+    row |= {"collectives": len(sent.bytes), "sent_bytes": sum(sent.bytes)}
     return row if peak is None else {**row, "peak_gib": round(peak, 2)}
 
 

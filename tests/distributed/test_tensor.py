@@ -10,9 +10,8 @@ import torch.distributed as dist
 from ranks import start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ssmscan.bench.sent import Sent
 from ssmscan.distributed import parallelize
 from ssmscan.distributed.vocabulary import SplitVocabulary
 from ssmscan.layers import MLP, Attention, Mamba, Mamba2
@@ -44,28 +43,14 @@ SENT = {
 }
 
 
-class _Bytes(TorchDispatchMode):
-    """The bytes that this process gives to each collective."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            given = args[0] if "allreduce" in str(function) else args[1]
-            self.sent.append(sum(leaf.nbytes for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)))
-        return function(*args, **(kwargs or {}))
-
-
 def _sent(forward):
     """The bytes of each collective in a forward under autocast, and in its backward."""
     with torch.autograd.set_multithreading_enabled(False):
-        with torch.autocast("cpu", torch.bfloat16), _Bytes() as before:
+        with torch.autocast("cpu", torch.bfloat16), Sent() as before:
             y = forward()
-        with _Bytes() as after:
+        with Sent() as after:
             y.sum().backward()
-    return sorted(before.sent), sorted(after.sent)
+    return sorted(before.bytes), sorted(after.bytes)
 
 
 def _worker(rank, ranks, folder):
