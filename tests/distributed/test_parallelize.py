@@ -215,6 +215,10 @@ def _sums_in_buckets(meshes):
         for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
             bound = 1e-6 if expected.dtype == torch.float32 else 1e-10
             assert torch.allclose(found.grad, expected.grad, rtol=0, atol=bound), (size, name)
+    shared = parallelize(cases.build_model(cases.MIXERS), meshes["dp2"])
+    shared(own, labels=own).loss.backward()
+    with pytest.raises(ValueError, match=r"sum_gradients: parameters must be whole on .*'dp'.*, got .* sharded"):
+        sum_gradients(shared, meshes["dp2"])
 
 
 @torch.no_grad()
@@ -260,6 +264,9 @@ def _refuses_what_does_not_divide(meshes):
     ):
         with pytest.raises(ValueError, match=rf"parallelize: the {got}.* must be a multiple of the 2 ranks of tp"):
             parallelize(layer, meshes["tp2"])
+    for name in ("shard", "reshard_after_forward"):
+        with pytest.raises(TypeError, match=f"parallelize: {name} must be True or False, got 'no'"):
+            parallelize(GatedSSM(4), meshes["dp2"], **{name: "no"})
     # The layers before the one that is refused are as they were.
     _refused(nn.ModuleList([Attention(4, num_heads=2), Attention(6, num_heads=3)]), meshes["tp2"], ValueError)
 

@@ -11,7 +11,7 @@ from ssmscan.distributed.sequence import SplitContext
 from ssmscan.distributed.sharding import dtype_of, holders_of, shard_parameters
 from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
-from ssmscan.shapes import error
+from ssmscan.shapes import check_flags, error
 
 DIMENSIONS = ("dp", "cp", "tp")
 
@@ -65,7 +65,7 @@ def parallelize(
 
     Raises:
         ValueError: a mesh without names, or with others; heads or channels that the ranks of "tp" cannot share.
-        TypeError: parameters of several dtypes to shard.
+        TypeError: parameters of several dtypes to shard; a flag that is not True or False.
         NotImplementedError: a mixer that has no form for "tp".
 
     Where one of these is raised, the model is as it was.
@@ -87,6 +87,7 @@ def parallelize(
         >>> y.shape
         torch.Size([2, 5, 4])
     """
+    check_flags("parallelize", shard=shard, reshard_after_forward=reshard_after_forward)
     names = mesh.mesh_dim_names or ()
     if not names or list(names) != [name for name in DIMENSIONS if name in names]:
         rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"

@@ -51,12 +51,17 @@ def holders_of(mesh: DeviceMesh) -> DeviceMesh | None:
 
 @torch.no_grad()
 def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Sum the gradients of a model whose parameters are not sharded over the ranks of "dp" and "cp", in place.
+    """Sum the gradients of a model whose parameters are whole on the ranks of "dp" and "cp", in place.
+
+        dloss/dθ = Σ_ranks dloss_rank/dθ
 
     Args:
-        model: of ``parallelize(model, mesh, shard=False)``, after the last backward of a step; on every rank the same
-            parameters have a gradient.
-        mesh: the same.
+        model: of ``parallelize(model, mesh, shard=False)``, after the last backward of a step. The same parameters have
+            a gradient on every rank.
+        mesh: that of the model. All its ranks call this together.
+
+    Raises:
+        ValueError: the parameters are sharded, whose gradients the backward sums.
 
     Example, of one process; under torchrun the group is there already:
         >>> import tempfile, torch
@@ -75,8 +80,17 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     holders = holders_of(mesh)
     if holders is None:
         return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for bucket in _buckets([g.to_local() if isinstance(g, DTensor) else g for g in gradients]):
+    gradients = []
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            if gradient.device_mesh.mesh_dim_names != ("tp",):
+                rule = f"parameters must be whole on the ranks of {holders.mesh_dim_names}"
+                raise ValueError(error("sum_gradients", rule, f"{name} sharded", "The backward sums their gradients."))
+            gradient = gradient.to_local()
+        if gradient is not None:
+            gradients.append(gradient)
+    for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=holders.get_group())
         parts = flat.split([gradient.numel() for gradient in bucket])
