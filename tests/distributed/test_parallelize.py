@@ -215,6 +215,13 @@ def _sums_in_buckets(meshes):
         for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
             bound = 1e-6 if expected.dtype == torch.float32 else 1e-10
             assert torch.allclose(found.grad, expected.grad, rtol=0, atol=bound), (size, name)
+    # Each rank has used one of two layers.
+    model = parallelize(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 2)]), meshes["dp2"], shard=False)
+    model[dist.get_rank()](torch.ones(1, 4)).sum().backward()
+    sum_gradients(model, meshes["dp2"])
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+    with pytest.raises(ValueError, match="sum_gradients: mesh must have dimensions named dp, cp, tp"):
+        sum_gradients(model, init_device_mesh("cpu", (2,)))
     shared = parallelize(cases.build_model(cases.MIXERS), meshes["dp2"])
     shared(own, labels=own).loss.backward()
     with pytest.raises(ValueError, match=r"sum_gradients: parameters must be whole on .*'dp'.*, got .* sharded"):

@@ -11,9 +11,7 @@ from ssmscan.distributed.sequence import SplitContext
 from ssmscan.distributed.sharding import dtype_of, holders_of, shard_parameters
 from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
-from ssmscan.shapes import check_flags, error
-
-DIMENSIONS = ("dp", "cp", "tp")
+from ssmscan.shapes import check_flags
 
 
 def parallelize(
@@ -44,7 +42,7 @@ def parallelize(
             every rank the same, on the device of the mesh. Load a checkpoint before, make the optimizer after.
         mesh: its dimensions are named "dp", "cp" and "tp", or some of these, in this order.
         shard: whether the ranks of "dp" and "cp" share the parameters, and with them gradients and optimizer. If not,
-            each has them whole, and nothing but activations goes between the ranks before :func:`sum_gradients`.
+            each has them whole, and nothing of them goes between the ranks before :func:`sum_gradients`.
             Default True, which needs the least memory.
         param_dtype: with ``shard``, in which the blocks' matrices are gathered over "dp" and "cp", such as bfloat16,
             under ``torch.autocast`` with it. Parameters and gradients stay what they are, and so do modules with a
@@ -89,10 +87,7 @@ def parallelize(
     """
     check_flags("parallelize", shard=shard, reshard_after_forward=reshard_after_forward)
     names = mesh.mesh_dim_names or ()
-    if not names or list(names) != [name for name in DIMENSIONS if name in names]:
-        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
-        raise ValueError(error("parallelize", rule, names, "Pass mesh_dim_names to init_device_mesh."))
-    holders = holders_of(mesh)
+    holders = holders_of("parallelize", mesh)
     # All that can be refused is refused before the first change.
     if holders is not None and shard:
         dtype_of(model)

@@ -17,6 +17,8 @@ from ssmscan.shapes import error
 # Numbers that are summed at once: a quarter of a gigabyte in float32.
 _BUCKET = 2**26
 
+DIMENSIONS = ("dp", "cp", "tp")
+
 
 def shard_parameters(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtype | None, reshard: bool) -> None:
     """Shard the parameters of ``model`` over ``mesh``: those of a block together, and the rest together.
@@ -41,9 +43,16 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh, param_dtype: torch.dtyp
     _shard(model, mesh, MixedPrecisionPolicy(), None)
 
 
-def holders_of(mesh: DeviceMesh) -> DeviceMesh | None:
-    """The ranks with tokens of their own, those of "dp" and "cp" together; None where there are none."""
-    data = tuple(name for name in mesh.mesh_dim_names or () if name != "tp")
+def holders_of(function: str, mesh: DeviceMesh) -> DeviceMesh | None:
+    """The ranks with tokens of their own, those of "dp" and "cp" together; None where there are none.
+
+    ValueError, from ``function``, where the mesh is not one that they have.
+    """
+    names = mesh.mesh_dim_names or ()
+    if not names or list(names) != [name for name in DIMENSIONS if name in names]:
+        rule = f"mesh must have dimensions named {', '.join(DIMENSIONS)}, or some of them in this order"
+        raise ValueError(error(function, rule, names, "Pass mesh_dim_names to init_device_mesh."))
+    data = tuple(name for name in names if name != "tp")
     if len(data) < 2:
         return mesh[data] if data else None
     return mesh[data]._flatten()
@@ -56,12 +65,13 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         dloss/dθ = Σ_ranks dloss_rank/dθ
 
     Args:
-        model: of ``parallelize(model, mesh, shard=False)``, after the last backward of a step. The same parameters have
-            a gradient on every rank.
+        model: of ``parallelize(model, mesh, shard=False)``, after the last backward of a step, and once in it. A
+            gradient that there is none of counts as 0, and is there afterwards.
         mesh: that of the model. All its ranks call this together.
 
     Raises:
-        ValueError: the parameters are sharded, whose gradients the backward sums.
+        ValueError: a mesh as :func:`parallelize` does not take it; the parameters are sharded, whose gradients the
+            backward sums.
 
     Example, of one process; under torchrun the group is there already:
         >>> import tempfile, torch
@@ -77,19 +87,23 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
         ...     sum_gradients(layer, mesh)
         ...     dist.destroy_process_group()
     """
-    holders = holders_of(mesh)
+    holders = holders_of("sum_gradients", mesh)
     if holders is None:
         return
     gradients = []
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            # Another rank may have one.
+            parameter.grad = torch.zeros_like(parameter)
+        gradient: Tensor = parameter.grad
         if isinstance(gradient, DTensor):
             if gradient.device_mesh.mesh_dim_names != ("tp",):
                 rule = f"parameters must be whole on the ranks of {holders.mesh_dim_names}"
                 raise ValueError(error("sum_gradients", rule, f"{name} sharded", "The backward sums their gradients."))
             gradient = gradient.to_local()
-        if gradient is not None:
-            gradients.append(gradient)
+        gradients.append(gradient)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat, group=holders.get_group())
