@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ssmscan.layers import Mamba2
 from ssmscan.training import OptimConfig
@@ -20,6 +24,32 @@ def test_what_decays():
     assert {names[id(p)] for p in decayed["params"]} == {"in_proj.weight", "conv1d.weight", "out_proj.weight"}
     kept_names = {names[id(p)] for p in kept["params"]}
     assert kept_names == {"conv1d.bias", "dt_bias", "A_log", "D", "norm.weight"}
+
+
+def test_parameters_in_shares(tmp_path, monkeypatch):
+    """Are updated as whole ones are, to the bit, by no operation on DTensors; the moments are shares too."""
+    seen, update = set(), torch._fused_adamw_
+
+    def watched(parameters, *others, **named):
+        seen.update(type(tensor) for tensors in (parameters, *others) for tensor in tensors)
+        return update(parameters, *others, **named)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    whole, shared = (Mamba2(8, d_state=4, headdim=4) for _ in range(2))
+    shared.load_state_dict(whole.state_dict())
+    fully_shard(shared, mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)))
+    for model in (whole, shared):
+        optimizer = make_optimizer(model, OptimConfig())
+        for _ in range(3):
+            model(torch.ones(1, 3, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(whole.parameters(), shared.parameters(), strict=True):
+        assert torch.equal(other.full_tensor(), one)
+        assert isinstance(optimizer.state[other]["exp_avg"], DTensor)
+    assert seen == {nn.Parameter, torch.Tensor}
+    dist.destroy_process_group()
 
 
 def test_learning_rate():

@@ -91,6 +91,8 @@ class MeshRanks(Ranks):
         if not self.config.shard:
             sum_gradients(model, self.mesh)
 
+    # Without gradients, for to_local would make a node for each.
+    @torch.no_grad()
     def clip(self, parameters: list[nn.Parameter], longest: float) -> Tensor:
         # By what each process has of them, for an operation on a DTensor costs the host as much as many launches.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
