@@ -274,6 +274,9 @@ def _refuses_what_does_not_divide(meshes):
     for name in ("shard", "reshard_after_forward"):
         with pytest.raises(TypeError, match=f"parallelize: {name} must be True or False, got 'no'"):
             parallelize(GatedSSM(4), meshes["dp2"], **{name: "no"})
+    for mesh in (meshes["dp2"], meshes["tp2"]):
+        with pytest.raises(ValueError, match="parallelize: model must be whole, got one that is on a mesh already"):
+            parallelize(parallelize(GatedSSM(4), mesh), meshes["tp2"])
     # The layers before the one that is refused are as they were.
     _refused(nn.ModuleList([Attention(4, num_heads=2), Attention(6, num_heads=3)]), meshes["tp2"], ValueError)
 

@@ -5,13 +5,14 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ssmscan.distributed.loss import SeveralHolders
 from ssmscan.distributed.sequence import SplitContext
 from ssmscan.distributed.sharding import dtype_of, holders_of, shard_parameters
 from ssmscan.distributed.tensor import split
 from ssmscan.layers.context import Context
-from ssmscan.shapes import check_flags
+from ssmscan.shapes import check_flags, error
 
 
 def parallelize(
@@ -62,7 +63,8 @@ def parallelize(
     has the state of its heads or channels.
 
     Raises:
-        ValueError: a mesh without names, or with others; heads or channels that the ranks of "tp" cannot share.
+        ValueError: a mesh without names, or with others; a model that is on one already; heads or channels that the
+            ranks of "tp" cannot share.
         TypeError: parameters of several dtypes to shard; a flag that is not True or False.
         NotImplementedError: a mixer that has no form for "tp".
 
@@ -89,6 +91,9 @@ def parallelize(
     names = mesh.mesh_dim_names or ()
     holders = holders_of("parallelize", mesh)
     # All that can be refused is refused before the first change.
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        advice = "Give all dimensions in one mesh."
+        raise ValueError(error("parallelize", "model must be whole", "one that is on a mesh already", advice))
     if holders is not None and shard:
         dtype_of(model)
     if "tp" in names:
