@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ssmscan import selective_scan, ssd
 from ssmscan.bench.measure import COPY_BYTES, copy_gbps
-from ssmscan.bench.models.timing import settle
+from ssmscan.bench.models.timing import WARM_UP, forget_peak, peak_gib, settle
 from ssmscan.bench.result import commit, machine, now, replace_rows, versions
 from ssmscan.bench.sent import Sent
 from ssmscan.distributed import context_parallel
@@ -55,17 +55,17 @@ TINY: dict[str, Any] = {
 }
 
 
-def slowest_ms(step: Callable[[], object], repeats: int, device: torch.device) -> float:
+def slowest_ms(step: Callable[[], object], repeats: int, device: torch.device, warm_up: int = 2) -> float:
     """The median of ``repeats`` calls that all processes begin together, in the process that takes longest."""
     times = []
-    for i in range(2 + repeats):
+    for i in range(warm_up + repeats):
         # On the CPU, by gloo.
         dist.all_reduce(torch.zeros(1))
         settle(device.type)
         start = time.perf_counter()
         step()
         settle(device.type)
-        if i >= 2:
+        if i >= warm_up:
             times.append(1e3 * (time.perf_counter() - start))
     slowest = torch.tensor(times, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -122,18 +122,19 @@ def scan(name: str, length: int, device: torch.device, repeats: int, tiny: bool)
     return measured(step, repeats, device, length)
 
 
-def measured(step: Callable[[], object], repeats: int, device: torch.device, tokens: int) -> dict[str, Any]:
+def measured(
+    step: Callable[[], object], repeats: int, device: torch.device, tokens: int, warm_up: int = 2
+) -> dict[str, Any]:
     """Time, tokens in a second, memory and what goes between the processes of a step over so many tokens."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    ms = slowest_ms(step, repeats, device)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    forget_peak(device.type)
+    ms = slowest_ms(step, repeats, device, warm_up)
+    peak = peak_gib(device.type)
     # In one thread, the modes of which a backward has too.
     with torch.autograd.set_multithreading_enabled(False), Sent() as sent:
         step()
     row = {"ms": round(ms, 3), "tokens_per_s": round(tokens / ms * 1e3)}
     row |= {"collectives": len(sent.bytes), "sent_bytes": sum(sent.bytes)}
-    return row if peak is None else {**row, "peak_gib": round(peak, 2)}
+    return row if peak is None else {**row, "peak_gib": peak}
 
 
 def model(
@@ -164,13 +165,11 @@ def model(
     update = Step(made, make_optimizer(made, config.optim), config, device, ranks)
     tokens = torch.randint(made.config.vocab_size, (given.batch, length + 1), generator=torch.manual_seed(0))
     batch = Batch(tokens[:, :-1], tokens[:, 1:])
-    # A graph is recorded at the fourth call.
-    for _ in range(4 if given.graph else 0):
-        update(batch, 1e-5)
-    row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * length)
+    warm_up = WARM_UP if given.graph else 2
+    row = measured(lambda: update(batch, 1e-5), given.repeats, device, given.batch * length, warm_up)
     if given.graph:
-        # Nobody sees what it sends, nor the memory that it has.
-        row = {name: value for name, value in row.items() if name not in ("collectives", "sent_bytes", "peak_gib")}
+        # Nobody sees what a graph sends.
+        del row["collectives"], row["sent_bytes"]
     row["tflops_per_gpu"] = round(row["tokens_per_s"] * flops / dist.get_world_size() / 1e12, 1)
     return {**row, "parameters": parameters}
 

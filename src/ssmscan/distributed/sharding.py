@@ -114,12 +114,13 @@ def sum_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors of one dtype, so many as are summed at once."""
     bucket: list[Tensor] = []
+    numbers = 0
     for tensor in tensors:
-        full = sum(other.numel() for other in bucket) + tensor.numel() > _BUCKET
-        if bucket and (full or tensor.dtype != bucket[0].dtype):
+        if bucket and (numbers + tensor.numel() > _BUCKET or tensor.dtype != bucket[0].dtype):
             yield bucket
-            bucket = []
+            bucket, numbers = [], 0
         bucket.append(tensor)
+        numbers += tensor.numel()
     if bucket:
         yield bucket
 
